@@ -1,0 +1,121 @@
+"""A checkpoint on disk -> ModelConfig and named parameters. One short table per family. No jax.
+
+`open_checkpoint(folder)` reads config.json alone; the headers of the weight files are read, and
+proven whole, when `.tensors` is first asked for, and tensors one at a time with `read_tensor`.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from converters.config import read_generation
+from converters.errors import CheckpointError, read_object
+from converters.families import FAMILIES, parse_config
+from converters.formats.safetensors import TensorInfo, read_folder, read_tensor
+from converters.rules import Layout, Rule, Step, expand, schedule
+from xlinfer.config import GenerationConfig, ModelConfig
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "Layout",
+    "Rule",
+    "Step",
+    "TensorInfo",
+    "open_checkpoint",
+    "parameter_rules",
+    "read_tensor",
+]
+COMPARE_BYTES = 16 << 20  # of two tensors at a time
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    path: Path
+    config: ModelConfig
+    generation: GenerationConfig
+
+    @cached_property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Name, shape, dtype and place of every tensor. Raises CheckpointError; reads no data."""
+        return read_folder(self.path)
+
+    def schedule(self, kv_replicas: int = 1) -> tuple[Step, ...]:
+        """Every tensor with its place among the parameters, in the order of files and bytes.
+
+        Raises CheckpointError unless each tensor has one place, each parameter its tensors, and
+        all shapes and dtypes fit; and when a tied head is there and is not the embedding.
+        """
+        family = FAMILIES[self.config.model_type]
+        copies = family.copies if self.config.tie_word_embeddings else {}
+        for name, original in copies.items():
+            if name in self.tensors and original in self.tensors:
+                self._check_copy(self.tensors[name], self.tensors[original])
+        steps = schedule(
+            parameter_rules(self.config, kv_replicas),
+            {name: info for name, info in self.tensors.items() if name not in copies},
+            family.ignored,
+            self.path,
+        )
+        for step in steps:
+            if step.tensor.dtype.name not in ("float64", "float32", "float16", "bfloat16"):
+                raise CheckpointError(
+                    f"{step.tensor.file}: tensor {step.tensor.name!r} is {step.tensor.dtype.name}; "
+                    "without a quantization_config a weight must be F64, F32, F16 or BF16"
+                )
+        return steps
+
+    def _check_copy(self, copy: TensorInfo, original: TensorInfo) -> None:
+        same = (copy.dtype, copy.shape) == (original.dtype, original.shape)
+        if same:
+            a, b = (read_tensor(t).reshape(-1).view(np.uint8) for t in (copy, original))
+            starts = range(0, len(a), COMPARE_BYTES)
+            same = all(
+                np.array_equal(a[i : i + COMPARE_BYTES], b[i : i + COMPARE_BYTES]) for i in starts
+            )
+        if not same:
+            raise CheckpointError(
+                f"{self.path}: tie_word_embeddings is true, but {copy.name!r} is there and "
+                f"differs from {original.name!r}. Say tie_word_embeddings: false if the head is "
+                "its own, or remove the tensor."
+            )
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """The checkpoint in the folder `path`: config.json and, where present, generation_config.json.
+
+    Raises CheckpointError when there is no such folder, or its config.json is missing, not
+    understood, or of a family that is not known.
+    """
+    folder = Path(path).expanduser()
+    if os.path.isfile(folder):
+        raise CheckpointError(f"{folder} is a file; give the folder that holds it and config.json")
+    if not os.path.isdir(folder):  # unlike Path's, never raises
+        hint = (
+            f" If it is a name on the Hugging Face hub: hf download {path} --local-dir DIR, then "
+            "give DIR."
+            if str(path).count("/") == 1 and not str(path).startswith((".", "/", "~"))
+            else ""
+        )
+        raise CheckpointError(f"there is no folder {str(path)!r}; xlinfer reads local ones.{hint}")
+    file = folder / "config.json"
+    if not file.is_file():
+        raise CheckpointError(
+            f"{folder} has no config.json; a checkpoint is a folder with config.json and weights "
+            "in safetensors, as save_pretrained writes it"
+        )
+    config = parse_config(file, read_object(file))
+    return Checkpoint(path=folder, config=config, generation=read_generation(folder))
+
+
+def parameter_rules(config: ModelConfig, kv_replicas: int = 1) -> tuple[Rule, ...]:
+    """Each parameter of the Transformer of `config`: its shape and the tensors that make it.
+
+    `config` is the checkpoint's own; with `kv_replicas` > 1 every kv head stands that many times
+    in the parameter, for meshes with more devices than kv heads.
+    """
+    return expand(FAMILIES[config.model_type].rows(config), config, kv_replicas)

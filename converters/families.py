@@ -1,0 +1,54 @@
+"""The families xlinfer knows, by the model_type of their config.json."""
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from converters.config import Constants
+from converters.errors import CheckpointError
+from converters.family import Family
+from converters.llama import LLAMA
+from converters.mistral import MISTRAL
+from converters.qwen2 import QWEN2
+from converters.qwen3 import QWEN3
+from xlinfer.config import ModelConfig
+
+FAMILIES: Mapping[str, Family] = {
+    family.model_type: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3)
+}
+# Where config.json says how weights are quantized; none of these formats is read yet.
+QUANTIZATION = ("quantization_config", "compression_config")
+
+
+def parse_config(path: Path, values: Mapping[str, Any]) -> ModelConfig:
+    """The config that the object `values`, read from `path`, describes.
+
+    Raises CheckpointError for an unknown model_type, a quantized checkpoint, and any key that is
+    missing, unknown or out of range.
+    """
+    model_type = values.get("model_type")
+    if not isinstance(model_type, str):
+        raise CheckpointError(f"{path}: 'model_type' must name the family: {_supported()}")
+    if model_type not in FAMILIES:
+        near = difflib.get_close_matches(model_type.lower(), FAMILIES, n=3, cutoff=0.5)
+        guess = f" The nearest: {', '.join(near)}." if near else ""
+        raise CheckpointError(
+            f"{path}: xlinfer does not know model_type {model_type!r}.{guess} "
+            f"It knows {_supported()}."
+        )
+    for name in QUANTIZATION:
+        if values.get(name) is not None:
+            asked = values[name]
+            method = asked.get("quant_method") if isinstance(asked, dict) else asked
+            raise CheckpointError(
+                f"{path}: {name!r} says that the weights are quantized ({method}). xlinfer reads "
+                "float weights (F64, F32, F16, BF16) and no quantized format yet; use the "
+                "unquantized checkpoint."
+            )
+    plain = {name: value for name, value in values.items() if name not in QUANTIZATION}
+    return FAMILIES[model_type].read(Constants(str(path), plain))
+
+
+def _supported() -> str:
+    return ", ".join(FAMILIES)

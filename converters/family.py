@@ -1,0 +1,18 @@
+"""What a family of models says of itself: how to read its config.json and place its tensors."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from converters.config import Constants
+from converters.rules import Row
+from xlinfer.config import ModelConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    model_type: str  # as config.json has it
+    read: Callable[[Constants], ModelConfig]
+    rows: Callable[[ModelConfig], tuple[Row, ...]]
+    ignored: tuple[str, ...]  # patterns of tensors that carry no weight of the model
+    # Tensors that a tied checkpoint may hold a second time, and what each must equal.
+    copies: Mapping[str, str] = field(default_factory=dict)

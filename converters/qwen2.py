@@ -1,0 +1,69 @@
+"""Qwen2 and Qwen2.5: Llama with biases on q, k and v, and windows that are usually off."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from converters.config import DECODER_ONLY, Constants, known_keys
+from converters.errors import CheckpointError
+from converters.family import Family
+from converters.llama import COPIES, IGNORED, SIZES, llama_config, llama_rows
+from converters.rope import KEYS as ROPE_KEYS
+from xlinfer.config import ModelConfig
+
+# What Qwen2Config of transformers puts where the file is silent.
+ABSENT: Mapping[str, Any] = {
+    "num_key_value_heads": 32,
+    "head_dim": None,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+    "layer_types": None,
+    "tie_word_embeddings": False,
+}
+ABSENT_ROPE_THETA = 10_000.0
+FIXED: Mapping[str, tuple[Any, ...]] = {**DECODER_ONLY, "use_mrope": (False,)}
+LAYER_TYPES = ("full_attention", "sliding_attention")
+
+
+def read_windows(constants: Constants) -> tuple[int | None, ...]:
+    """Each layer's window: by layer_types, or where that is null from max_window_layers on.
+
+    Raises CheckpointError when layer_types asks for windows that use_sliding_window denies.
+    """
+    layers = constants.integer("num_hidden_layers")
+    used = constants.flag("use_sliding_window")
+    window = constants.optional_integer("sliding_window") if used else None
+    kinds = constants.names("layer_types")
+    if kinds is None:
+        first = constants.integer("max_window_layers", 0)
+        return tuple(window if layer >= first else None for layer in range(layers))
+    if len(kinds) != layers or not set(kinds) <= set(LAYER_TYPES):
+        raise CheckpointError(
+            f"{constants.where}: 'layer_types' must hold {layers} of {' or '.join(LAYER_TYPES)}; "
+            f"it holds {len(kinds)}: {', '.join(sorted(set(kinds)))}"
+        )
+    if "sliding_attention" in kinds and window is None:
+        raise CheckpointError(
+            f"{constants.where}: 'layer_types' asks for sliding_attention, but use_sliding_window "
+            "is false or sliding_window is null"
+        )
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+
+def read_qwen2(constants: Constants) -> ModelConfig:
+    constants = constants.check(known_keys(SIZES, ROPE_KEYS), FIXED, ABSENT)
+    return llama_config(
+        constants,
+        model_type="qwen2",
+        absent_rope_theta=ABSENT_ROPE_THETA,
+        windows=read_windows(constants),
+        qkv_bias=True,
+        attention_output_bias=False,
+        mlp_bias=False,
+        qk_norm=False,
+    )
+
+
+QWEN2 = Family(model_type="qwen2", read=read_qwen2, rows=llama_rows, ignored=IGNORED, copies=COPIES)

@@ -1,0 +1,143 @@
+"""The definition of paged attention in plain jnp, and the path that runs on CPU.
+
+`definition` gathers every row's whole cache and masks: obvious, and what all others must equal.
+`attend` visits the cache in blocks of at most BLOCK tokens with an online softmax, as far as
+the longest row of a group reaches, so its cost follows the tokens that exist. A block past a
+row's own end adds an exact zero: a row's bits do not depend on its neighbours' lengths.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+BLOCK = 128  # cached tokens visited at once; 64 and 256 measured slower on CPU
+QUERIES = 64  # queries of one prefill block
+GROUP = 8  # decode rows that share a loop over blocks, and so its longest member's length
+MASKED = -1e30  # finite: exp(MASKED - MASKED) must not be nan
+
+
+def write(k_TKH, v_TKH, k_LPKSH, v_LPKSH, layer, page_T, slot_T):
+    """Put each token's k and v into its page and slot of `layer`."""
+    put = lambda cache, x: cache.at[layer, page_T, :, slot_T].set(
+        x.astype(cache.dtype), mode="promise_in_bounds"
+    )
+    return put(k_LPKSH, k_TKH), put(v_LPKSH, v_TKH)
+
+
+def definition(
+    q_TNH, k_LPKSH, v_LPKSH, layer, pages_RM, kv_len_R, start_R, num_decodes, num_rows, *,
+    window, scale,
+):  # fmt: skip
+    """Every token against every row's whole cache, masked to its own."""
+    (T, N, H), (K, S), (R, M) = q_TNH.shape, k_LPKSH.shape[2:4], pages_RM.shape
+    gather = lambda cache: jnp.moveaxis(cache[layer, pages_RM], 2, 1).reshape(R, K, M * S, H)
+    k_RKnH, v_RKnH = (gather(c).astype(jnp.float32) for c in (k_LPKSH, v_LPKSH))
+    t_T, n = jnp.arange(T), jnp.arange(M * S)
+    row_T = jnp.searchsorted(start_R, t_T, side="right") - 1
+    row_T = jnp.minimum(row_T, R - 1)
+    pos_T = kv_len_R[row_T] - start_R[row_T + 1] + t_T
+    q_TKGH = q_TNH.astype(jnp.float32).reshape(T, K, N // K, H)
+    s_TKGn = jnp.einsum("TKGH,TKnH->TKGn", q_TKGH, k_RKnH[row_T]) * scale
+    behind_Tn = pos_T[:, None] - n[None]
+    seen_T11n = ((behind_Tn >= 0) & (behind_Tn < window))[:, None, None]
+    p_TKGn = jax.nn.softmax(s_TKGn, axis=-1, where=seen_T11n)
+    o_TKGH = jnp.einsum("TKGn,TKnH->TKGH", p_TKGn, v_RKnH[row_T])
+    return o_TKGH.reshape(T, N, H).astype(q_TNH.dtype)
+
+
+def attend(
+    q_TNH, k_LPKSH, v_LPKSH, layer, pages_RM, kv_len_R, start_R, num_decodes, num_rows, *,
+    window, scale, decode_only,
+):  # fmt: skip
+    """Equal to `definition` on every token that is not padding."""
+    (T, N, H), (K, S), M = q_TNH.shape, k_LPKSH.shape[2:4], pages_RM.shape[1]
+    per_block = min(max(BLOCK // S, 1), M)  # pages of a block
+    tail = -M % per_block
+    pages_RM = jnp.pad(pages_RM, ((0, 0), (0, tail)))
+    q_TKGH = (q_TNH.astype(jnp.float32) * scale).reshape(T, K, N // K, H)
+    cache = (k_LPKSH, v_LPKSH, layer, per_block, window)
+    o_TKGH = jnp.zeros(q_TKGH.shape, jnp.float32)
+    o_TKGH = _decode_rows(o_TKGH, q_TKGH, cache, pages_RM, kv_len_R, num_decodes)
+    if not decode_only:
+        o_TKGH = _prefill_rows(
+            o_TKGH, q_TKGH, cache, pages_RM, kv_len_R, start_R, num_decodes, num_rows
+        )
+    return o_TKGH.reshape(T, N, H).astype(q_TNH.dtype)
+
+
+def _decode_rows(o_TKGH, q_TKGH, cache, pages_RM, kv_len_R, num_decodes):
+    """Rows with one query, GROUP at a time; token r is row r's."""
+    rows = min(GROUP, q_TKGH.shape[0], pages_RM.shape[0])
+
+    def group(i, o_TKGH):
+        # The last group may overlap the one before: the same rows give the same results.
+        first = jnp.minimum(i * rows, min(q_TKGH.shape[0], pages_RM.shape[0]) - rows)
+        cut = lambda x: lax.dynamic_slice_in_dim(x, first, rows)
+        len_r = jnp.where(first + jnp.arange(rows) < num_decodes, cut(kv_len_R), 0)
+        q_r1KGH = cut(q_TKGH)[:, None]
+        o_r1KGH = _blocks(q_r1KGH, len_r[:, None] - 1, cache, cut(pages_RM))
+        return lax.dynamic_update_slice_in_dim(o_TKGH, o_r1KGH[:, 0], first, 0)
+
+    return lax.fori_loop(0, (num_decodes + rows - 1) // rows, group, o_TKGH)
+
+
+def _prefill_rows(o_TKGH, q_TKGH, cache, pages_RM, kv_len_R, start_R, num_decodes, num_rows):
+    """Rows with any number of queries, QUERIES at a time."""
+    queries = min(QUERIES, q_TKGH.shape[0])
+    room = ((0, queries), (0, 0), (0, 0), (0, 0))  # a row's last block reaches past the row
+
+    def row(r, o_TKGH):
+        first, end = start_R[r], start_R[r + 1]
+        page_1M = lax.dynamic_slice_in_dim(pages_RM, r, 1)
+
+        def block(i, o_TKGH):
+            t = first + i * queries
+            pos_1q = (kv_len_R[r] - end + t + jnp.arange(queries))[None]
+            q_1qKGH = lax.dynamic_slice_in_dim(padded_TKGH, t, queries)[None]
+            o_1qKGH = _blocks(q_1qKGH, jnp.minimum(pos_1q, kv_len_R[r] - 1), cache, page_1M)
+            # What this writes past its row, the rows that follow write over.
+            return lax.dynamic_update_slice_in_dim(o_TKGH, o_1qKGH[0], t, 0)
+
+        return lax.fori_loop(0, (end - first + queries - 1) // queries, block, o_TKGH)
+
+    padded_TKGH = jnp.pad(q_TKGH, room)
+    return lax.fori_loop(num_decodes, num_rows, row, jnp.pad(o_TKGH, room))[: q_TKGH.shape[0]]
+
+
+def _blocks(q_rqKGH, pos_rq, cache, pages_rM):
+    """Online softmax over the cached blocks of r rows with q queries each, at `pos_rq`;
+    a negative position sees nothing and gives zeros."""
+    k_LPKSH, v_LPKSH, layer, per_block, window = cache
+    (r, q, K, G, H), S = q_rqKGH.shape, k_LPKSH.shape[3]
+    size = per_block * S
+    q_rKGqH = jnp.moveaxis(q_rqKGH, 1, 3)
+
+    def fetch(cache_LPKSH, page_rm):
+        block = cache_LPKSH[layer, page_rm].astype(jnp.float32)  # [r, m, K, S, H]
+        return jnp.moveaxis(block, 2, 1).reshape(r, K, size, H)
+
+    def step(i, carry):
+        peak, total, o_rKGqH = carry
+        page_rm = lax.dynamic_slice_in_dim(pages_rM, i * per_block, per_block, 1)
+        k_rKnH, v_rKnH = fetch(k_LPKSH, page_rm), fetch(v_LPKSH, page_rm)
+        s_rKGqn = jnp.einsum("rKGqH,rKnH->rKGqn", q_rKGqH, k_rKnH)
+        behind_rqn = pos_rq[..., None] - (i * size + jnp.arange(size))[None, None]
+        seen = ((behind_rqn >= 0) & (behind_rqn < window))[:, None, None]
+        s_rKGqn = jnp.where(seen, s_rKGqn, MASKED)
+        new_peak = jnp.maximum(peak, s_rKGqn.max(-1, keepdims=True))
+        p_rKGqn = jnp.where(seen, jnp.exp(s_rKGqn - new_peak), 0.0)
+        shrink = jnp.exp(peak - new_peak)
+        total = total * shrink + p_rKGqn.sum(-1, keepdims=True)
+        return new_peak, total, o_rKGqH * shrink + jnp.einsum("rKGqn,rKnH->rKGqH", p_rKGqn, v_rKnH)
+
+    start = (
+        jnp.full((r, K, G, q, 1), MASKED),
+        jnp.zeros((r, K, G, q, 1)),
+        jnp.zeros((r, K, G, q, H)),
+    )
+    # Blocks wholly before every window, or past every position, are skipped.
+    first = jnp.maximum(jnp.where(pos_rq >= 0, pos_rq - window + 1, 2**30).min(), 0) // size
+    end = (pos_rq.max() + size) // size
+    _, total, o_rKGqH = lax.fori_loop(first, end, step, start)
+    o_rKGqH = o_rKGqH / jnp.where(total == 0, 1.0, total)
+    return jnp.moveaxis(o_rKGqH, 3, 1)

@@ -1,0 +1,140 @@
+"""Small checkpoints in Hugging Face's layout, written for one test each."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+GOLDENS = Path(__file__).parent / "data" / "goldens"
+FAMILIES = ("llama", "llama3-rope", "mistral-window", "qwen2", "qwen3")
+
+
+def config(model_type: Any = "llama", **changes: Any) -> dict[str, Any]:
+    """A complete config.json; a change to `...` removes the key."""
+    values = {
+        "model_type": model_type,
+        "vocab_size": 64,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 64,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0},
+        "tie_word_embeddings": False,
+        "eos_token_id": 2,
+        **changes,
+    }
+    return {key: value for key, value in values.items() if value is not ...}
+
+
+def tensors(cfg: dict[str, Any], dtype: Any = np.float32, seed: int = 0) -> dict[str, np.ndarray]:
+    """Random weights by their published names, wide enough that each moves the logits."""
+    D, F, V = cfg["hidden_size"], cfg["intermediate_size"], cfg["vocab_size"]
+    N, K = cfg["num_attention_heads"], cfg["num_key_value_heads"]
+    H = cfg["head_dim"]
+    kind = cfg["model_type"]
+    qkv_bias = kind == "qwen2" or cfg.get("attention_bias", False)
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (V, D)}
+    for layer in range(cfg["num_hidden_layers"]):
+        at = f"model.layers.{layer}"
+        for name, out, into in (("q", N * H, D), ("k", K * H, D), ("v", K * H, D), ("o", D, N * H)):
+            shapes[f"{at}.self_attn.{name}_proj.weight"] = (out, into)
+            if qkv_bias and (name != "o" or kind != "qwen2"):
+                shapes[f"{at}.self_attn.{name}_proj.bias"] = (out,)
+        for name, out, into in (("gate", F, D), ("up", F, D), ("down", D, F)):
+            shapes[f"{at}.mlp.{name}_proj.weight"] = (out, into)
+            if cfg.get("mlp_bias", False):
+                shapes[f"{at}.mlp.{name}_proj.bias"] = (out,)
+        if kind == "qwen3":
+            shapes |= {f"{at}.self_attn.{name}_norm.weight": (H,) for name in "qk"}
+        shapes[f"{at}.input_layernorm.weight"] = (D,)
+        shapes[f"{at}.post_attention_layernorm.weight"] = (D,)
+    shapes["model.norm.weight"] = (D,)
+    if not cfg["tie_word_embeddings"]:
+        shapes["lm_head.weight"] = (V, D)
+    rng = np.random.default_rng(seed)
+    return {
+        name: (rng.normal(0, 0.4, shape) + ("norm" in name)).astype(dtype)
+        for name, shape in shapes.items()
+    }
+
+
+def write(
+    folder: Path, cfg: dict[str, Any], held: dict[str, np.ndarray], shards: int = 1, **files: Any
+) -> Path:
+    """The checkpoint in `folder`; `files` are more JSON files, by name without ending."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in {"config": cfg, **files}.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    if shards == 1:
+        save_file(held, folder / "model.safetensors")
+        return folder
+    names = [f"model-{i + 1:05}-of-{shards:05}.safetensors" for i in range(shards)]
+    placed = {tensor: names[i % shards] for i, tensor in enumerate(held)}
+    for name in names:
+        save_file({t: a for t, a in held.items() if placed[t] == name}, folder / name)
+    index = {"metadata": {"total_size": 0}, "weight_map": placed}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+def llama_logits(
+    cfg: dict[str, Any],
+    held: dict[str, np.ndarray],
+    tokens_T: np.ndarray,
+    freq_h: np.ndarray,
+    scale: float = 1.0,
+    windows: tuple[int | None, ...] | None = None,
+) -> np.ndarray:
+    """Float64 logits [T, V] of a Llama-shaped checkpoint, straight from its tensors.
+
+    Written from the published formulas, one head and one layer at a time. `freq_h`: radians per
+    position of each rotated pair; `scale`: of cos and sin.
+    """
+    w = {name: array.astype(np.float64) for name, array in held.items()}
+    T, H, N = len(tokens_T), cfg["head_dim"], cfg["num_attention_heads"]
+    group = N // cfg["num_key_value_heads"]
+
+    def linear(x, name):
+        return x @ w[f"{name}.weight"].T + w.get(f"{name}.bias", 0.0)
+
+    def norm(x, name):
+        mean = (x**2).mean(-1, keepdims=True)
+        return x / np.sqrt(mean + cfg["rms_norm_eps"]) * w[f"{name}.weight"]
+
+    def turn(x_TH):
+        angle_Th = np.arange(T)[:, None] * freq_h
+        pairs_Th = (x_TH[:, : H // 2] + 1j * x_TH[:, H // 2 :]) * np.exp(1j * angle_Th) * scale
+        return np.concatenate([pairs_Th.real, pairs_Th.imag], axis=-1)
+
+    x_TD = w["model.embed_tokens.weight"][tokens_T]
+    behind = np.subtract.outer(np.arange(T), np.arange(T))
+    for layer in range(cfg["num_hidden_layers"]):
+        at = f"model.layers.{layer}"
+        window = windows[layer] if windows else None
+        hidden = (behind < 0) | (behind >= (window or T))
+        y_TD = norm(x_TD, f"{at}.input_layernorm")
+        q, k, v = (linear(y_TD, f"{at}.self_attn.{n}_proj").reshape(T, -1, H) for n in "qkv")
+        heads = []
+        for head in range(N):
+            q_TH, k_TH = q[:, head], k[:, head // group]
+            if f"{at}.self_attn.q_norm.weight" in w:
+                q_TH = norm(q_TH, f"{at}.self_attn.q_norm")
+                k_TH = norm(k_TH, f"{at}.self_attn.k_norm")
+            score = turn(q_TH) @ turn(k_TH).T / np.sqrt(H)
+            score = np.exp(np.where(hidden, -np.inf, score - score.max(-1, keepdims=True)))
+            heads.append(score / score.sum(-1, keepdims=True) @ v[:, head // group])
+        x_TD = x_TD + linear(np.concatenate(heads, -1), f"{at}.self_attn.o_proj")
+        y_TD = norm(x_TD, f"{at}.post_attention_layernorm")
+        gate = linear(y_TD, f"{at}.mlp.gate_proj")
+        x_TD = x_TD + linear(
+            gate / (1 + np.exp(-gate)) * linear(y_TD, f"{at}.mlp.up_proj"), f"{at}.mlp.down_proj"
+        )
+    head = w.get("lm_head.weight", w["model.embed_tokens.weight"])
+    return norm(x_TD, "model.norm") @ head.T

@@ -1,0 +1,206 @@
+"""The artifact gives back the same bits, and refuses what it cannot vouch for."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from converters import CheckpointError, open_checkpoint
+from tests.checkpoints import GOLDENS, config, tensors, write
+from tests.test_weights import parameters
+from xlinfer.artifact import save_artifact
+from xlinfer.convert import main
+from xlinfer.mesh import make_mesh
+from xlinfer.weights import load_model, stored_dtype
+
+
+def run(*flags):
+    return main(["convert", *map(str, flags)])
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A bf16 checkpoint with biases, a tokenizer and a template beside it."""
+    cfg = config(attention_bias=True)
+    folder = tmp_path_factory.mktemp("source")
+    write(
+        folder,
+        cfg,
+        tensors(cfg, ml_dtypes.bfloat16),
+        generation_config={"eos_token_id": [2, 3], "temperature": 0.5},
+        tokenizer={"model": {}},
+    )
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    (folder / "pytorch_model.bin").write_bytes(b"\x80")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def artifact(source, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("out") / "deep" / "artifact"
+    assert run(f"--model={source}", f"--output={directory}") == 0
+    return directory
+
+
+@pytest.fixture
+def damaged(artifact, tmp_path):
+    """A copy of the artifact to spoil."""
+    return shutil.copytree(artifact, tmp_path / "artifact")
+
+
+def test_the_round_trip_is_bit_equal(source, artifact):
+    want = parameters(load_model(source, dtype="bfloat16"))
+    got = parameters(load_model(artifact, dtype="bfloat16"))
+    assert got.keys() == want.keys()
+    for name, array in want.items():
+        assert got[name].dtype == ml_dtypes.bfloat16
+        assert got[name].tobytes() == array.tobytes(), name
+    assert stored_dtype(open_checkpoint(artifact)) == ml_dtypes.bfloat16
+
+
+def test_an_artifact_is_a_checkpoint_with_all_its_files(source, artifact):
+    a, b = open_checkpoint(artifact), open_checkpoint(source)
+    assert a.config == b.config and a.generation == b.generation
+    for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json"):
+        assert (artifact / name).read_bytes() == (source / name).read_bytes()
+    assert not (artifact / "pytorch_model.bin").exists()
+    assert os.listdir(artifact.parent) == ["artifact"]  # no draft stays behind
+    manifest = json.loads((artifact / "xlinfer.json").read_text())
+    assert manifest["format_version"] == 1 and manifest["dtype"] == "bfloat16"
+    assert len(manifest["source_sha256"]["model.safetensors"]) == 64
+    assert manifest["parameters"]["embed_VD"] == {"shape": [64, 16], "dtype": "bfloat16"}
+
+
+@pytest.mark.parametrize("devices", [1, 2, 4])
+def test_an_artifact_loads_onto_any_mesh(source, artifact, devices):
+    mesh = make_mesh(devices)
+    want, got = load_model(source, mesh=mesh), load_model(artifact, mesh=mesh)
+    assert got.cfg == want.cfg
+    a, b = parameters(got), parameters(want)
+    for name, array in b.items():
+        assert a[name].dtype == np.float32  # auto, on CPU
+        np.testing.assert_array_equal(a[name], array, err_msg=name)
+    k = got.layers.attn.k_DKH.get_value()
+    assert k.sharding.is_equivalent_to(want.layers.attn.k_DKH.get_value().sharding, k.ndim)
+    tokens = jnp.arange(6)[None]
+    np.testing.assert_array_equal(got(tokens), want(tokens))
+
+
+def test_dtype_flag_and_report(source, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run(f"--model={source}", f"--output={out}", "--dtype=float32") == 0
+    count = sum(array.size for array in parameters(load_model(source)).values())
+    line = f"{out}: {count:,} parameters, {4 * count:,} bytes, float32\n"
+    assert capsys.readouterr().out == line
+
+
+def test_progress_counts_bytes(artifact):
+    seen = []
+    load_model(artifact, progress=lambda *at: seen.append(at))
+    assert seen[0][:2] == ("load", 0) and seen[-1][1] == seen[-1][2] > 0
+
+
+def fails(capsys, code, *flags):
+    assert run(*flags) == code
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("xlinfer.convert: ") and err.count("\n") == 1, err
+    return err
+
+
+def test_one_line_for_what_cannot_be_converted(source, artifact, tmp_path, capsys):
+    out = f"--output={tmp_path / 'out'}"
+    assert "there is no folder" in fails(capsys, 1, "--model=/no/such", out)
+    assert "hf download" in fails(capsys, 1, "--model=some/model", out)
+    assert "artifact already" in fails(capsys, 1, f"--model={artifact}", out)
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "x").write_text("")
+    assert "not empty" in fails(capsys, 1, f"--model={source}", f"--output={full}")
+    assert "not empty" in fails(capsys, 1, f"--model={source}", f"--output={full / 'x'}")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_empty_directory_is_taken(source, tmp_path):
+    assert run(f"--model={source}", f"--output={tmp_path}") == 0
+    assert (tmp_path / "xlinfer.json").is_file()
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ([], "--model is required"),
+        (["--model=x"], "--output is required"),
+        (["--model=x", "--output=y", "--dtype=int3"], "int3"),
+        (["--model=x", "--output=y", "--modell=z"], "modell"),
+        (["--model=x", "--output=y", "z"], "unexpected argument 'z'"),
+    ],
+)
+def test_wrong_flags(given, message, capsys):
+    assert message in fails(capsys, 2, *given)
+
+
+def test_help_and_no_traceback():
+    command = [sys.executable, "-m", "xlinfer.convert"]
+    helped = subprocess.run([*command, "--help"], capture_output=True, text=True)
+    assert helped.returncode == 0 and "--output" in helped.stdout
+    wrong = subprocess.run(
+        [*command, "--model=/no/such", "--output=y"], capture_output=True, text=True
+    )
+    assert wrong.returncode == 1 and "Traceback" not in wrong.stderr
+
+
+def test_other_versions_are_refused(damaged):
+    path = damaged / "xlinfer.json"
+    manifest = json.loads(path.read_text())
+    for version in (0, 2, "1", None):
+        path.write_text(json.dumps({**manifest, "format_version": version}))
+        with pytest.raises(CheckpointError, match=f"format_version is {version!r}; .* reads 1"):
+            load_model(damaged)
+    del manifest["format_version"]
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match="format_version is None"):
+        load_model(damaged)
+
+
+def test_damaged_artifacts_are_refused(damaged):
+    path = damaged / "xlinfer.json"
+    manifest = json.loads(path.read_text())
+    for change in ({"parameters": None}, {"parameters": {"x": 1}}, {"dtype": 3}):
+        path.write_text(json.dumps({**manifest, **change}))
+        with pytest.raises(CheckpointError, match="damaged"):
+            load_model(damaged)
+    del manifest["parameters"]["embed_VD"]
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match="embed_VD is None, should be"):
+        load_model(damaged)
+
+
+def test_lost_parameters_are_refused(damaged):
+    (damaged / "parameters").rename(damaged / "elsewhere")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        load_model(damaged)
+
+
+def test_a_folder_that_all_may_write_is_refused(damaged):
+    damaged.chmod(0o777)
+    with pytest.raises(CheckpointError, match="chmod o-w"):
+        load_model(damaged)
+
+
+def test_a_model_with_repeated_kv_heads_is_not_saved(source, tmp_path):
+    model = load_model(source, mesh=make_mesh(4))
+    with pytest.raises(CheckpointError, match="without repeated kv heads"):
+        save_artifact(model, source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_of_another_checkpoint_is_not_saved(source, tmp_path):
+    with pytest.raises(CheckpointError, match="config is not that of"):
+        save_artifact(load_model(GOLDENS / "llama"), source, tmp_path / "out")

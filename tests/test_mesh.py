@@ -1,0 +1,79 @@
+"""Shardings by logical axes, and kv heads for more devices than there are."""
+
+from dataclasses import replace
+
+import jax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from converters import open_checkpoint
+from tests.checkpoints import GOLDENS
+from xlinfer.mesh import make_mesh, replicate_kv_heads, sharding
+
+
+@pytest.fixture
+def config():
+    return open_checkpoint(GOLDENS / "llama").config
+
+
+def test_a_mesh_has_the_devices_asked_for():
+    mesh = make_mesh(2, jax.devices()[2:])
+    assert dict(mesh.shape) == {"tensor": 2}
+    assert list(mesh.devices.flat) == jax.devices()[2:]
+
+
+@pytest.mark.parametrize(
+    "n, message",
+    [(5, "there are 4 devices"), (0, "at least 1"), (-1, "at least 1"), (True, "integer")],
+)
+def test_meshes_that_are_refused(n, message):
+    with pytest.raises(ValueError, match=f"tensor_parallel_size.*{message}"):
+        make_mesh(n)
+
+
+@pytest.mark.parametrize(
+    "axes, shape, want",
+    [
+        (("layers", "hidden", "heads", "head_dim"), (3, 32, 4, 8), P(None, None, "tensor", None)),
+        (("hidden", "kv_heads", "head_dim"), (32, 4, 8), P(None, "tensor", None)),
+        (("ffw", "hidden"), (48, 32), P("tensor", None)),
+        (("vocab", "hidden"), (160, 32), P("tensor", None)),
+        (("vocab", "hidden"), (161, 32), P(None, None)),
+        ((None, "heads"), (3, 4), P(None, "tensor")),
+    ],
+)
+def test_sharding(axes, shape, want):
+    assert sharding(make_mesh(4), axes, shape).spec == want
+
+
+@pytest.mark.parametrize(
+    "axes, shape, message",
+    [
+        (("ffw",), (50,), "'ffw' of size 50 does not divide among 4"),
+        (("experts",), (8,), "no sharding rule for the axis 'experts'"),
+        (("ffw",), (48, 2), "2 axes"),
+    ],
+)
+def test_shardings_that_are_refused(axes, shape, message):
+    with pytest.raises(ValueError, match=message):
+        sharding(make_mesh(4), axes, shape)
+
+
+@pytest.mark.parametrize("n, want", [(1, 2), (2, 2), (4, 4)])
+def test_kv_heads_are_repeated_up_to_the_devices(config, n, want):
+    assert (config.num_heads, config.num_kv_heads) == (4, 2)
+    assert replicate_kv_heads(config, n) == replace(config, num_kv_heads=want)
+
+
+@pytest.mark.parametrize(
+    "changes, n, message",
+    [
+        ({}, 3, "4 attention heads.*Below it fit: 1, 2$"),
+        ({"intermediate_size": 50}, 4, "50 .intermediate_size.*Below it fit: 1, 2$"),
+        ({"num_heads": 6, "num_kv_heads": 3}, 2, "3 kv heads"),
+        ({"num_heads": 12, "num_kv_heads": 3}, 4, "3 kv heads.*Below it fit: 1, 3$"),
+    ],
+)
+def test_sizes_that_do_not_divide(config, changes, n, message):
+    with pytest.raises(ValueError, match=f"tensor_parallel_size {n} .*{message}"):
+        replicate_kv_heads(replace(config, **changes), n)

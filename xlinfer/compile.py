@@ -1,0 +1,145 @@
+"""Programs and a plan -> executables, all of them before the first request arrives.
+
+The engine holds `jax.stages.Compiled` objects: a shape that was not planned raises instead of
+compiling quietly.
+"""
+
+import os
+import stat
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+from jax.stages import Compiled
+
+from pallas_kernels.paged_attention import Pages
+from xlinfer.plan import PlanError
+from xlinfer.programs import Programs, decode_shapes, forward_shapes, sample_shapes
+from xlinfer.progress import Progress
+from xlinfer.sampling import Slots, empty_slots
+
+
+@dataclass(frozen=True, kw_only=True)
+class Executables:
+    forward: dict[int, Compiled]  # by token bucket
+    sample: dict[int, Compiled]  # by row bucket
+    decode: dict[int, Compiled]  # by row bucket; empty without a decode window
+    score: dict[int, Compiled]  # by token bucket
+    admit: Compiled
+
+    @property
+    def temp_bytes(self) -> int:
+        """Of the hungriest program, per device, beside its arguments and results."""
+        programs = [*self.forward.values(), *self.sample.values(), *self.decode.values()]
+        programs += self.score.values()
+        facts = [memory for p in programs if (memory := p.memory_analysis()) is not None]
+        return max(memory.temp_size_in_bytes for memory in facts)
+
+
+class Job(NamedTuple):
+    run: Callable
+    args: tuple  # abstract
+    donated: tuple[int, ...]
+    placed: Any  # the results' shardings, so that one program's fit the next one's arguments
+
+
+def compile_all(
+    programs: Programs, params: tuple, vocab_size: int, kv: Pages, progress: Progress | None
+) -> Executables:
+    """Compile for the mesh the parameters live on; `params` and `kv` may be abstract.
+
+    Lowering holds Python's lock and compiling does not, so one thread lowers while the others
+    compile. `progress("compile", done, total)` is called after each program.
+    """
+    plan, whole = programs.plan, NamedSharding(programs.mesh, PartitionSpec())
+    place = lambda tree: jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), tree
+    )
+    params = tuple(jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=p.sharding) for p in params)
+    slots = place(jax.eval_shape(partial(empty_slots, plan.max_num_seqs + 1, vocab_size)))
+    packed = lambda shapes: jax.ShapeDtypeStruct(
+        (sum(x.size for x in jax.tree.leaves(shapes)),), jnp.int32, sharding=whole
+    )
+    largest = plan.token_buckets[-1]
+    forward_in = packed(forward_shapes(plan, largest))
+    hidden = jax.eval_shape(
+        partial(programs.forward, tokens=largest), params, kv, slots, forward_in
+    )[2]
+    states = lambda rows: jax.ShapeDtypeStruct(
+        (rows, hidden.shape[1]), hidden.dtype, sharding=whole
+    )
+    last_RD = states(plan.max_num_seqs)
+
+    cache = kv.k_LPKSH.sharding
+    jobs: dict[tuple[str, int], Job] = {}
+    for rows in plan.decode_buckets:
+        step, out = packed(decode_shapes(plan, rows)), (cache, whole, whole)
+        run = partial(programs.decode, rows=rows)
+        jobs["decode", rows] = Job(run, (params, kv, slots, step), (1, 2), out)
+    for rows in plan.sample_buckets:
+        step = packed(sample_shapes(rows))
+        run = partial(programs.sample, rows=rows)
+        jobs["sample", rows] = Job(run, (params, slots, last_RD, step), (1,), whole)
+    for tokens in plan.token_buckets:
+        step = packed(forward_shapes(plan, tokens))
+        run = partial(programs.forward, tokens=tokens)
+        out = (cache, whole, whole)
+        jobs["forward", tokens] = Job(run, (params, kv, slots, step), (1,), out)
+        target_T = jax.ShapeDtypeStruct((tokens,), jnp.int32, sharding=whole)
+        jobs["score", tokens] = Job(programs.score, (params, states(tokens), target_T), (), whole)
+    jobs["admit", 0] = Job(programs.admit, _admit_args(slots, whole), (0,), whole)
+    done = _compile_jobs(jobs, progress)
+    of = lambda kind: {size: p for (name, size), p in done.items() if name == kind}
+    return Executables(
+        forward=of("forward"), sample=of("sample"), decode=of("decode"), score=of("score"),
+        admit=done["admit", 0],
+    )  # fmt: skip
+
+
+def _admit_args(slots: Slots, whole: NamedSharding) -> tuple:
+    one = lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype, sharding=whole)
+    slot = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
+    state = slots.state
+    row = jax.tree.map(one, slots.params)
+    return slots, slot, row, slot, one(state.recent_ZC), one(state.output_count_ZV)
+
+
+def _compile_jobs(jobs: dict[tuple[str, int], Job], progress: Progress | None) -> dict:
+    workers = max(1, min(8, os.cpu_count() or 1))
+    with ThreadPoolExecutor(workers, thread_name_prefix="xlinfer-compile") as pool:
+        waiting = {}
+        for key, job in jobs.items():
+            jitted = jax.jit(job.run, donate_argnums=job.donated, out_shardings=job.placed)
+            lowered = jitted.lower(*job.args)
+            waiting[key] = pool.submit(lowered.compile)
+        done = {}
+        for i, (key, compiled) in enumerate(waiting.items()):
+            done[key] = compiled.result()
+            if progress:
+                progress("compile", i + 1, len(jobs))
+        return done
+
+
+def use_compile_cache(directory: str | os.PathLike) -> None:
+    """Keep compiled programs in `directory`, made for the owner alone if it is not there.
+
+    An executable read back is code that runs, so a directory that somebody else owns or may
+    write to is refused with PlanError.
+    """
+    path = Path(directory).expanduser()
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    facts = path.stat()
+    if facts.st_uid not in (os.geteuid(), 0) or facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise PlanError(
+            f"The compile cache {path} must be owned by you and writable by nobody else; run "
+            f"`chmod 700 {path}` or name another directory with compile_cache_dir."
+        )
+    jax.config.update("jax_compilation_cache_dir", str(path))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)

@@ -1,0 +1,92 @@
+"""What a model is. Plain frozen data, read from a checkpoint; no field that shapes the result
+has a default, so a converter cannot forget one."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class DefaultRope:
+    theta: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearRope:
+    """Positions divided by `factor` (position interpolation, arXiv 2306.15595)."""
+
+    theta: float
+    factor: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class DynamicRope:
+    """NTK-aware base, grown with the context once it passes the trained one."""
+
+    theta: float
+    factor: float
+    original_max_position_embeddings: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Llama3Rope:
+    """Low frequencies slowed by `factor`, high ones kept, a ramp between (Llama 3.1)."""
+
+    theta: float
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class YarnRope:
+    """NTK-by-parts (YaRN, arXiv 2309.00071). `attention_factor` scales cos and sin."""
+
+    theta: float
+    factor: float
+    original_max_position_embeddings: int
+    beta_fast: float
+    beta_slow: float
+    attention_factor: float
+    truncate: bool  # round the ramp's ends to whole dimensions
+
+
+Rope = DefaultRope | LinearRope | DynamicRope | Llama3Rope | YarnRope
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A decoder-only transformer of Llama's shape; what differs between families is data here."""
+
+    model_type: str  # the family's name in its config.json
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int  # divides num_heads
+    head_dim: int
+    hidden_act: Literal["silu", "gelu", "gelu_tanh"]
+    norm_eps: float
+    rope: Rope
+    windows: tuple[int | None, ...]  # per layer: tokens seen, itself included; None sees all
+    qkv_bias: bool
+    attention_output_bias: bool
+    mlp_bias: bool
+    qk_norm: bool  # RMSNorm over each head's q and k, before rope
+    tie_word_embeddings: bool
+    max_position_embeddings: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationConfig:
+    """What generation_config.json asks for where a request is silent. None: it is silent too."""
+
+    eos_token_ids: tuple[int, ...]  # any of them ends an answer
+    bos_token_id: int | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    max_new_tokens: int | None = None

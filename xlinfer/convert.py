@@ -1,0 +1,76 @@
+"""python -m xlinfer.convert --model=SRC --output=DIR: a checkpoint, once, into an artifact.
+
+The weights keep the checkpoint's dtype unless --dtype says otherwise. It runs on the CPU, with
+host memory for the whole model.
+"""
+
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+from absl import flags
+
+from converters import open_checkpoint
+from xlinfer.artifact import Manifest, refuse_output, save_artifact
+from xlinfer.mesh import make_mesh
+from xlinfer.progress import show_progress
+from xlinfer.weights import DTYPES, load_model, stored_dtype
+
+FAILED, MISUSED = 1, 2  # exit codes
+
+
+def convert(model: str, output: str, dtype: str) -> Manifest:
+    """Write the checkpoint `model` as an artifact into the new directory `output`."""
+    checkpoint = open_checkpoint(model)
+    refuse_output(checkpoint.path, Path(output).expanduser())
+    kept = stored_dtype(checkpoint) if dtype == "auto" else dtype
+    with show_progress() as progress:
+        cpu = make_mesh(1, jax.devices("cpu"))
+        loaded = load_model(checkpoint.path, dtype=kept, mesh=cpu, progress=progress)
+    return save_artifact(loaded, checkpoint.path, output)
+
+
+def parse(argv: Sequence[str]) -> flags.FlagValues:
+    """The flags of `argv`, program name first. Raises flags.Error for wrong ones."""
+    values = flags.FlagValues()
+    flags.DEFINE_string("model", None, "Folder of the checkpoint to read.", flag_values=values)
+    flags.DEFINE_string("output", None, "Directory to write; must not exist.", flag_values=values)
+    flags.DEFINE_enum(
+        "dtype", "auto", ["auto", *DTYPES], "auto: the checkpoint's own.", flag_values=values
+    )
+    flags.DEFINE_bool("help", False, "Show these flags.", flag_values=values)
+    extra = values(list(argv))[1:]
+    if extra:
+        raise flags.Error(f"unexpected argument {extra[0]!r}; write --model=... --output=...")
+    missing = [name for name in ("model", "output") if not values[name].value]
+    if missing and not values["help"].value:
+        raise flags.Error(f"--{missing[0]} is required")
+    return values
+
+
+def main(argv: Sequence[str]) -> int:
+    try:
+        values = parse(argv)
+    except flags.Error as error:
+        print(f"xlinfer.convert: {error}", file=sys.stderr)
+        return MISUSED
+    if values["help"].value:
+        print(__doc__, values.get_help(), sep="\n")
+        return 0
+    model, output, dtype = (str(values[name].value) for name in ("model", "output", "dtype"))
+    try:
+        written = convert(model, output, dtype)
+    except (ValueError, OSError, MemoryError, jax.errors.JaxRuntimeError) as error:
+        first = str(error).partition("\n")[0] or type(error).__name__
+        print(f"xlinfer.convert: {first}", file=sys.stderr)
+        return FAILED
+    sizes = [math.prod(p["shape"]) for p in written.parameters.values()]
+    size = sum(sizes) * DTYPES[written.dtype].itemsize
+    print(f"{output}: {sum(sizes):,} parameters, {size:,} bytes, {written.dtype}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

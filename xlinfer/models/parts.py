@@ -1,0 +1,127 @@
+"""The blocks that families are built from.
+
+B rows  T tokens per row  D hidden  F ffw hidden  N query heads  K kv heads  H head_dim
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from xlinfer.config import ModelConfig
+from xlinfer.kvcache import KV, Attend
+from xlinfer.models.rope import Angles, rotate
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+}
+
+
+def weight(rngs: nnx.Rngs, dtype, axes: tuple[str, ...], *shape: int) -> nnx.Param:
+    """A weight whose logical `axes` (see mesh.py) decide its sharding."""
+    init = nnx.initializers.normal(0.02)
+    return nnx.Param(init(rngs.params(), shape, dtype), logical_axes=axes)
+
+
+def bias(dtype, axes: tuple[str, ...], *shape: int) -> nnx.Param:
+    return nnx.Param(jnp.zeros(shape, dtype), logical_axes=axes)
+
+
+class RMSNorm(nnx.Module):
+    def __init__(self, size: int, axis: str, eps: float, *, dtype):
+        self.scale_D = nnx.Param(jnp.ones((size,), dtype), logical_axes=(axis,))
+        self.eps = eps
+
+    def __call__(self, x):
+        """Normalizes the last axis; float32 inside, since bf16 squares lose the norm."""
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + self.eps)
+        scale = self.scale_D[...].reshape((1,) * (x.ndim - 1) + (-1,))
+        return y.astype(x.dtype) * scale
+
+
+class Attention(nnx.Module):
+    def __init__(self, cfg: ModelConfig, *, dtype, rngs: nnx.Rngs):
+        D, N, K, H = cfg.hidden_size, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
+        self.q_DNH = weight(rngs, dtype, ("hidden", "heads", "head_dim"), D, N, H)
+        self.k_DKH = weight(rngs, dtype, ("hidden", "kv_heads", "head_dim"), D, K, H)
+        self.v_DKH = weight(rngs, dtype, ("hidden", "kv_heads", "head_dim"), D, K, H)
+        self.o_NHD = weight(rngs, dtype, ("heads", "head_dim", "hidden"), N, H, D)
+        if cfg.qkv_bias:
+            self.q_bias_NH = bias(dtype, ("heads", "head_dim"), N, H)
+            self.k_bias_KH = bias(dtype, ("kv_heads", "head_dim"), K, H)
+            self.v_bias_KH = bias(dtype, ("kv_heads", "head_dim"), K, H)
+        if cfg.attention_output_bias:
+            self.o_bias_D = bias(dtype, ("hidden",), D)
+        if cfg.qk_norm:
+            self.q_norm = RMSNorm(H, "head_dim", cfg.norm_eps, dtype=dtype)
+            self.k_norm = RMSNorm(H, "head_dim", cfg.norm_eps, dtype=dtype)
+        self.cfg = cfg
+
+    def __call__(self, x_BTD, angles: Angles, attend: Attend, kv: KV, *, layer, window):
+        q_BTNH = jnp.einsum("BTD,DNH->BTNH", x_BTD, self.q_DNH[...])
+        k_BTKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, self.k_DKH[...])
+        v_BTKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, self.v_DKH[...])
+        if self.cfg.qkv_bias:
+            q_BTNH += self.q_bias_NH[...][None, None]
+            k_BTKH += self.k_bias_KH[...][None, None]
+            v_BTKH += self.v_bias_KH[...][None, None]
+        if self.cfg.qk_norm:
+            q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
+        q_BTNH, k_BTKH = rotate(q_BTNH, angles), rotate(k_BTKH, angles)
+        scale = self.cfg.head_dim**-0.5
+        o_BTNH, kv = attend(q_BTNH, k_BTKH, v_BTKH, kv, layer=layer, window=window, scale=scale)
+        # Reshaped to one contracted axis: XLA:CPU runs a product over two of them ten times slower.
+        y_BTD = o_BTNH.reshape(*x_BTD.shape[:2], -1) @ self.o_NHD[...].reshape(-1, x_BTD.shape[-1])
+        if self.cfg.attention_output_bias:
+            y_BTD += self.o_bias_D[...][None, None]
+        return y_BTD, kv
+
+
+class MLP(nnx.Module):
+    def __init__(self, cfg: ModelConfig, *, dtype, rngs: nnx.Rngs):
+        D, F = cfg.hidden_size, cfg.intermediate_size
+        self.gate_DF = weight(rngs, dtype, ("hidden", "ffw"), D, F)
+        self.up_DF = weight(rngs, dtype, ("hidden", "ffw"), D, F)
+        self.down_FD = weight(rngs, dtype, ("ffw", "hidden"), F, D)
+        if cfg.mlp_bias:
+            self.gate_bias_F = bias(dtype, ("ffw",), F)
+            self.up_bias_F = bias(dtype, ("ffw",), F)
+            self.down_bias_D = bias(dtype, ("hidden",), D)
+        self.cfg = cfg
+
+    def __call__(self, x_BTD):
+        gate_BTF, up_BTF = x_BTD @ self.gate_DF[...], x_BTD @ self.up_DF[...]
+        if self.cfg.mlp_bias:
+            gate_BTF += self.gate_bias_F[...][None, None]
+            up_BTF += self.up_bias_F[...][None, None]
+        y_BTD = (ACTIVATIONS[self.cfg.hidden_act](gate_BTF) * up_BTF) @ self.down_FD[...]
+        return y_BTD + self.down_bias_D[...][None, None] if self.cfg.mlp_bias else y_BTD
+
+
+class Block(nnx.Module):
+    """One layer: pre-norm attention, pre-norm gated MLP."""
+
+    def __init__(self, cfg: ModelConfig, *, dtype, rngs: nnx.Rngs):
+        self.attn_norm = RMSNorm(cfg.hidden_size, "hidden", cfg.norm_eps, dtype=dtype)
+        self.attn = Attention(cfg, dtype=dtype, rngs=rngs)
+        self.mlp_norm = RMSNorm(cfg.hidden_size, "hidden", cfg.norm_eps, dtype=dtype)
+        self.mlp = MLP(cfg, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        angles: Angles,
+        attend: Attend,
+        kv: KV,
+        *,
+        layer,
+        window,
+    ) -> tuple[Float[Array, "B T D"], KV]:
+        y_BTD, kv = self.attn(self.attn_norm(x_BTD), angles, attend, kv, layer=layer, window=window)
+        x_BTD += y_BTD
+        return x_BTD + self.mlp(self.mlp_norm(x_BTD)), kv

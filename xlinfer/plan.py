@@ -1,0 +1,101 @@
+"""Every static shape the engine will ever run, decided before compiling anything. No jax."""
+
+from dataclasses import dataclass
+
+SMALLEST_TOKEN_BUCKET = 16
+
+
+class PlanError(ValueError):
+    """The numbers asked for do not go together, or do not fit."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    max_model_len: int  # tokens of one sequence, prompt and answer
+    max_num_seqs: int  # rows that run at once
+    max_num_batched_tokens: int  # tokens of one step
+    page_size: int  # tokens
+    num_pages: int  # the padding's included
+    token_buckets: tuple[int, ...]  # ascending; the last is max_num_batched_tokens
+    decode_buckets: tuple[int, ...]  # rows, ascending; the last is max_num_seqs
+    sample_buckets: tuple[int, ...]  # likewise, coarser: the forward before it costs far more
+    decode_window: int  # most tokens a row gains in one decode call; 0: decode rows go by forward
+    max_logprobs: int  # most likely tokens reported beside the chosen one
+
+    def __post_init__(self):
+        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "page_size"):
+            if getattr(self, name) < 1:
+                raise PlanError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.num_pages < self.pages_per_seq + 1:
+            raise PlanError(
+                f"num_pages={self.num_pages} cannot hold one sequence of max_model_len="
+                f"{self.max_model_len}: that takes {self.pages_per_seq} pages of {self.page_size} "
+                f"tokens and one for padding. Raise num_pages (or hbm_utilization) to "
+                f"{self.pages_per_seq + 1} pages, or lower max_model_len to "
+                f"{max(self.num_pages - 1, 0) * self.page_size}."
+            )
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise PlanError(
+                f"max_num_batched_tokens={self.max_num_batched_tokens} must be at least "
+                f"max_num_seqs={self.max_num_seqs}: a step gives every running row a token."
+            )
+
+    @property
+    def pages_per_seq(self) -> int:
+        return pages_for(self.max_model_len, self.page_size)
+
+    def token_bucket(self, tokens: int) -> int:
+        """The smallest compiled size that holds so many."""
+        return next(size for size in self.token_buckets if size >= tokens)
+
+    def decode_bucket(self, rows: int) -> int:
+        return next(size for size in self.decode_buckets if size >= rows)
+
+    def sample_bucket(self, rows: int) -> int:
+        return next(size for size in self.sample_buckets if size >= rows)
+
+
+def pages_for(tokens: int, page_size: int) -> int:
+    return -(-tokens // page_size)
+
+
+def make_plan(
+    *,
+    max_model_len: int,
+    max_num_seqs: int,
+    max_num_batched_tokens: int | None,
+    page_size: int,
+    num_pages: int,
+    decode_window: int,
+    max_logprobs: int,
+    deterministic: bool,
+) -> Plan:
+    """Buckets double, so at most half of a step is padding.
+
+    `deterministic` leaves one program of each kind, so that every token of every request is
+    computed by the same instructions whatever else runs. Raises PlanError.
+    """
+    if max_num_batched_tokens is None:
+        # Deterministic serving pays for the whole bucket on every step, so it is kept small.
+        max_num_batched_tokens = max(max_num_seqs, 64 if deterministic else 512)
+    fewest = SMALLEST_TOKEN_BUCKET
+    return Plan(
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        page_size=page_size,
+        num_pages=num_pages,
+        token_buckets=_buckets(fewest, max_num_batched_tokens, 2, one=deterministic),
+        decode_buckets=() if deterministic else _buckets(1, max_num_seqs, 2),
+        sample_buckets=_buckets(1, max_num_seqs, 4, one=deterministic),
+        decode_window=0 if deterministic else decode_window,
+        max_logprobs=max_logprobs,
+    )
+
+
+def _buckets(first: int, last: int, ratio: int, *, one: bool = False) -> tuple[int, ...]:
+    sizes = []
+    while first < last and not one:
+        sizes.append(first)
+        first *= ratio
+    return (*sizes, last)

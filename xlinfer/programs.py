@@ -1,0 +1,287 @@
+"""The pure functions that get compiled; nothing else is.
+
+`forward` runs the model over a step's tokens (one program a token bucket), `sample` turns the
+last hidden states into tokens (one a row bucket), `decode` does both for several tokens on the
+device (one a row bucket), `score` gives log-probabilities of known tokens (one a token bucket),
+`admit` sets a request's slot. Every step's small inputs travel as one int32 vector (`pack`).
+
+T tokens of the step   R rows   Z slots   M pages per row   V vocabulary   W decode window
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.paged_attention import Impl, Pages, Ragged
+from xlinfer.kvcache import PADDING_PAGE, paged_attend
+from xlinfer.models import CausalLM
+from xlinfer.plan import Plan
+from xlinfer.sampling import (
+    Logprobs,
+    SlotParams,
+    Slots,
+    Wanted,
+    advance,
+    choose,
+    logprobs_of,
+    no_logprobs,
+    take,
+)
+
+Ints = Any  # int32: numpy where the host fills them in, jax arrays inside the program
+FROM_DEVICE = -1  # a token the host does not know yet: the slot's latest
+SCORE_ROWS = 64  # positions whose logits exist at once in `score`
+
+
+class ForwardInput(NamedTuple):
+    token_T: Ints  # FROM_DEVICE or an id
+    pos_T: Ints
+    page_T: Ints  # where the token's KV goes
+    offset_T: Ints  # within the page
+    slot_T: Ints
+    pages_RM: Ints
+    kv_len_R: Ints
+    start_R: Ints  # R+1
+    num_decodes: Ints
+    num_rows: Ints
+
+
+class SampleInput(NamedTuple):
+    slot_R: Ints
+    row_R: Ints  # of the forward's rows
+    length_R: Ints  # tokens before the new one
+    wanted: Wanted
+
+
+class DecodeInput(NamedTuple):
+    slot_R: Ints
+    length_R: Ints
+    pages_RM: Ints
+    num_rows: Ints
+    num_steps: Ints
+    wanted: Wanted
+
+
+class Sampled(NamedTuple):
+    """Leading axis: the window's tokens, 1 for `sample`."""
+
+    token_WR: Int[Array, "W R"]
+    count_R: Int[Array, " R"]  # how many of the window's tokens are the row's
+    logprobs: Logprobs | None  # zeros unless wanted
+
+
+def pack(values: NamedTuple) -> np.ndarray:
+    """All of an input's integers as one int32 vector: one transfer a step."""
+    leaves = jax.tree.leaves(values)
+    return np.concatenate([np.asarray(x, np.int32).ravel() for x in leaves])
+
+
+def unpack[Input](packed: Int[Array, " n"], shapes: Input) -> Input:
+    """The arrays that `pack` was given; `shapes` is a tree of their ShapeDtypeStructs."""
+    leaves, tree = jax.tree.flatten(shapes)
+    ends = np.cumsum([0] + [x.size for x in leaves])
+    parts = [
+        packed[start : start + x.size].reshape(x.shape)
+        for start, x in zip(ends[:-1], leaves, strict=True)
+    ]
+    return jax.tree.unflatten(tree, parts)
+
+
+def _whole(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+
+WANTED = Wanted(*(_whole() for _ in Wanted._fields))
+
+
+def forward_shapes(plan: Plan, tokens: int) -> ForwardInput:
+    R, M, one_T = plan.max_num_seqs, plan.pages_per_seq, _whole(tokens)
+    return ForwardInput(
+        one_T, one_T, one_T, one_T, one_T, _whole(R, M), _whole(R), _whole(R + 1),
+        _whole(), _whole(),
+    )  # fmt: skip
+
+
+def sample_shapes(rows: int) -> SampleInput:
+    return SampleInput(_whole(rows), _whole(rows), _whole(rows), WANTED)
+
+
+def decode_shapes(plan: Plan, rows: int) -> DecodeInput:
+    pages_RM = _whole(rows, plan.pages_per_seq)
+    return DecodeInput(_whole(rows), _whole(rows), pages_RM, _whole(), _whole(), WANTED)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Programs:
+    """The functions for one module's structure, plan and mesh. `params` are the flat leaves of
+    `nnx.split(model)`: a tuple of arrays costs nothing to pass, a State a callback each."""
+
+    graph: nnx.GraphDef
+    tree: Any  # the State's PyTreeDef
+    plan: Plan
+    mesh: Mesh
+    attention_impl: Impl
+
+    def forward(
+        self,
+        params: Sequence[Array],
+        kv: Pages,
+        slots: Slots,
+        packed: Int[Array, " n"],
+        *,
+        tokens: int,
+    ) -> tuple[Pages, Float[Array, "T D"], Float[Array, "R D"]]:
+        """The cache with this step's KV, every token's hidden state, each row's last."""
+        x = unpack(packed, forward_shapes(self.plan, tokens))
+        token_T = jnp.where(x.token_T == FROM_DEVICE, slots.state.token_Z[x.slot_T], x.token_T)
+        ragged = Ragged(x.pages_RM, x.kv_len_R, x.start_R, x.num_decodes, x.num_rows)
+        attend = self._attend(x.page_T, x.offset_T, ragged, decode_only=False)
+        x_1TD, kv = self._model(params).hidden(
+            token_T[None], x.pos_T[None], attend, kv, context_len=self.plan.max_model_len
+        )
+        last_R = jnp.maximum(x.start_R[1:] - 1, 0)
+        return kv, x_1TD[0], x_1TD[0, last_R]
+
+    def sample(
+        self,
+        params: Sequence[Array],
+        slots: Slots,
+        hidden_RD: Float[Array, "R D"],
+        packed: Int[Array, " n"],
+        *,
+        rows: int,
+    ) -> tuple[Slots, Sampled]:
+        """One token for each row; padding rows' slot is the last, which nobody holds."""
+        x = unpack(packed, sample_shapes(rows))
+        logits_RV = self._model(params).logits(hidden_RD[x.row_R][None])[0]
+        chosen = take(slots.params, x.slot_R)
+        live_R = ~slots.state.done_Z[x.slot_R]
+        state, token_R, logprobs = self._choose(
+            logits_RV, chosen, slots.state, x.slot_R, x.length_R, live_R, x.wanted
+        )
+        count_R = live_R.astype(jnp.int32)
+        sampled = Sampled(token_R[None], count_R, jax.tree.map(lambda a: a[None], logprobs))
+        return Slots(slots.params, state), sampled
+
+    def decode(
+        self,
+        params: Sequence[Array],
+        kv: Pages,
+        slots: Slots,
+        packed: Int[Array, " n"],
+        *,
+        rows: int,
+    ) -> tuple[Pages, Slots, Sampled]:
+        """Up to `num_steps` tokens a row, until every row has stopped."""
+        x = unpack(packed, decode_shapes(self.plan, rows))
+        model, W = self._model(params), self.plan.decode_window
+        chosen = take(slots.params, x.slot_R)
+        start_R = jnp.arange(rows + 1)
+        none = no_logprobs(rows, self.plan.max_logprobs, model.vocab_size)
+        out = Sampled(
+            jnp.zeros((W, rows), jnp.int32),
+            jnp.zeros(rows, jnp.int32),
+            jax.tree.map(lambda a: jnp.zeros((W, *a.shape), a.dtype), none),
+        )
+
+        def token(carry):
+            i, kv, state, out = carry
+            live_R = ~state.done_Z[x.slot_R]
+            length_R = x.length_R + i
+            pos_R = jnp.where(live_R, length_R - 1, 0)
+            page_R = jnp.take_along_axis(x.pages_RM, pos_R[:, None] // self.plan.page_size, 1)
+            page_R = jnp.where(live_R, page_R[:, 0], PADDING_PAGE)
+            kv_len_R = jnp.where(live_R, length_R, 0)
+            ragged = Ragged(x.pages_RM, kv_len_R, start_R, x.num_rows, x.num_rows)
+            offset_R = pos_R % self.plan.page_size
+            attend = self._attend(page_R, offset_R, ragged, decode_only=True)
+            x_1RD, kv = model.hidden(
+                state.token_Z[x.slot_R][None], pos_R[None], attend, kv,
+                context_len=self.plan.max_model_len,
+            )  # fmt: skip
+            state, token_R, logprobs = self._choose(
+                model.logits(x_1RD)[0], chosen, state, x.slot_R, length_R, live_R, x.wanted
+            )
+            put = lambda all_W, one: all_W.at[i].set(one)
+            out = Sampled(
+                put(out.token_WR, token_R),
+                out.count_R + live_R.astype(jnp.int32),
+                jax.tree.map(put, out.logprobs, logprobs),
+            )
+            return i + 1, kv, state, out
+
+        def unfinished(carry):
+            i, _, state, _ = carry
+            return (i < x.num_steps) & ~state.done_Z[x.slot_R].all()
+
+        carry = (jnp.int32(0), kv, slots.state, out)
+        _, kv, state, out = lax.while_loop(unfinished, token, carry)
+        return kv, Slots(slots.params, state), out
+
+    def score(
+        self, params: Sequence[Array], hidden_TD: Float[Array, "T D"], token_T: Int[Array, " T"]
+    ) -> Logprobs:
+        """Log-probabilities of token_T[t] after hidden state t, and the most likely tokens;
+        the logits of at most SCORE_ROWS positions exist at a time."""
+        model, T = self._model(params), token_T.shape[0]
+        size = min(SCORE_ROWS, T)
+        cut = lambda a: jnp.pad(a, [(0, -T % size)] + [(0, 0)] * (a.ndim - 1)).reshape(
+            -1, size, *a.shape[1:]
+        )
+
+        def some(rows):
+            hidden_rD, token_r = rows
+            return logprobs_of(model.logits(hidden_rD[None])[0], token_r, self.plan.max_logprobs)
+
+        scores = lax.map(some, (cut(hidden_TD), cut(token_T)))
+        return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:T], scores)
+
+    def admit(
+        self,
+        slots: Slots,
+        slot: Int[Array, ""],
+        row: SlotParams,
+        token: Int[Array, ""],
+        recent_C: Int[Array, " C"],
+        output_count_V: Int[Array, " V"],
+    ) -> Slots:
+        """Slot `slot` is this request's from here on."""
+        put = lambda all_Z, one: all_Z.at[slot].set(one)
+        state = slots.state
+        return Slots(
+            jax.tree.map(put, slots.params, row),
+            state._replace(
+                token_Z=put(state.token_Z, token),
+                done_Z=put(state.done_Z, False),
+                recent_ZC=put(state.recent_ZC, recent_C),
+                output_count_ZV=put(state.output_count_ZV, output_count_V),
+            ),
+        )
+
+    def _model(self, params: Sequence[Array]) -> CausalLM:
+        return nnx.merge(self.graph, jax.tree.unflatten(self.tree, params))
+
+    def _attend(self, page_T, offset_T, ragged: Ragged, *, decode_only: bool):
+        return paged_attend(
+            page_T, offset_T, ragged, self.mesh, decode_only=decode_only, impl=self.attention_impl
+        )
+
+    def _choose(self, logits_RV, chosen, state, slot_R, length_R, live_R, wanted: Wanted):
+        token_R = choose(logits_RV, chosen, state, slot_R, length_R, wanted)
+        most = self.plan.max_logprobs
+        logprobs = lax.cond(
+            wanted.logprobs > 0,
+            lambda x: logprobs_of(x, token_R, most),
+            lambda x: no_logprobs(x.shape[0], most, x.shape[1]),
+            logits_RV,
+        )
+        state = advance(state, chosen, slot_R, token_R, length_R, live_R, wanted)
+        return state, token_R, logprobs

@@ -1,0 +1,232 @@
+"""Checkpoint or artifact -> a Transformer whose parameters lie where the mesh wants them.
+
+Tensors are read in file order, moved as they are, and cast, transposed and written into their
+layer's place on the device, in place: the peak is the model, one tensor and what is in flight.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+
+from converters import Checkpoint, Layout, Rule, Step, open_checkpoint, parameter_rules, read_tensor
+from xlinfer.artifact import is_artifact, read_manifest, read_parameters
+from xlinfer.config import ModelConfig
+from xlinfer.mesh import TENSOR, make_mesh, replicate_kv_heads, sharding
+from xlinfer.models import Transformer
+from xlinfer.progress import Progress
+
+IN_FLIGHT_BYTES = 1 << 30  # host memory between reading a tensor and its place on the device
+
+DTYPES: Mapping[str, np.dtype] = {
+    "float32": np.dtype(jnp.float32),
+    "float": np.dtype(jnp.float32),
+    "bfloat16": np.dtype(jnp.bfloat16),
+    "float16": np.dtype(jnp.float16),
+    "half": np.dtype(jnp.float16),
+}
+# The letters of converters.rules -> logical axes of mesh.RULES.
+AXES: Mapping[str, str] = {
+    "D": "hidden",
+    "F": "ffw",
+    "N": "heads",
+    "K": "kv_heads",
+    "H": "head_dim",
+    "V": "vocab",
+}
+
+
+def load_model(
+    path: str | Path,
+    *,
+    dtype: Any = None,
+    mesh: Mesh | None = None,
+    progress: Progress | None = None,
+    in_flight_bytes: int = IN_FLIGHT_BYTES,
+) -> Transformer:
+    """The model in the folder `path`, a Hugging Face checkpoint or one written by xlinfer.convert.
+
+    `dtype`: None or "auto" keeps the checkpoint's (float32 on CPU, whose bf16 products are slow);
+    else float32, bfloat16 or float16, by name or as a dtype. `mesh`: see make_mesh; None is one
+    device. With more devices than kv heads these are repeated, and `model.cfg` says so.
+    `progress("load", done, total)` counts bytes.
+
+    Raises CheckpointError for a checkpoint that is malformed, not understood or does not fit its
+    config, and ValueError for an unknown dtype or a mesh that does not divide the model.
+    """
+    checkpoint = open_checkpoint(path)
+    mesh = make_mesh(1) if mesh is None else mesh
+    config = replicate_kv_heads(checkpoint.config, mesh.shape.get(TENSOR, 1))
+    kept = _dtype(dtype)
+    if kept is None:
+        on_cpu = mesh.devices.flat[0].platform == "cpu"
+        kept = DTYPES["float32"] if on_cpu else stored_dtype(checkpoint)
+    graph, state = nnx.split(
+        nnx.eval_shape(lambda: Transformer(config, dtype=kept, rngs=nnx.Rngs(0)))
+    )
+    flat = nnx.to_flat_state(state)
+    axes = {path: _axes(param, path) for path, param in flat}
+    targets = {path: _target(param.get_value(), axes[path], mesh) for path, param in flat}
+    replicas = config.num_kv_heads // checkpoint.config.num_kv_heads
+    if is_artifact(checkpoint.path):
+        kv_axis = {
+            path: names.index("kv_heads") for path, names in axes.items() if "kv_heads" in names
+        }
+        arrays = _restore(checkpoint.path, targets, kv_axis, replicas, progress or _silent)
+    else:
+        _check_rules(parameter_rules(checkpoint.config, replicas), targets, config)
+        steps = checkpoint.schedule(replicas)
+        arrays = _stream(steps, targets, mesh, progress or _silent, in_flight_bytes)
+    filled = [(path, param.replace(arrays[path])) for path, param in flat]
+    return nnx.merge(graph, nnx.from_flat_state(filled))
+
+
+def stored_dtype(checkpoint: Checkpoint) -> np.dtype:
+    """The dtype that most of the checkpoint's bytes have; float32 for float64."""
+    if is_artifact(checkpoint.path):
+        return _named(read_manifest(checkpoint.path).dtype)
+    sizes = Counter[np.dtype]()
+    for step in checkpoint.schedule():
+        sizes[step.tensor.dtype] += step.tensor.nbytes
+    dtype = sizes.most_common(1)[0][0]
+    return DTYPES["float32"] if dtype == np.float64 else dtype
+
+
+def _dtype(asked: Any) -> np.dtype | None:
+    if asked is None or (isinstance(asked, str) and asked == "auto"):
+        return None
+    try:
+        return _named(asked if isinstance(asked, str) else np.dtype(asked).name)
+    except TypeError:
+        raise ValueError(f"dtype {asked!r} is not one of auto, {', '.join(DTYPES)}") from None
+
+
+def _named(name: str) -> np.dtype:
+    if name not in DTYPES:
+        raise ValueError(f"dtype {name!r} is not one of auto, {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def _silent(phase: str, done: int, total: int) -> None:
+    pass
+
+
+def _axes(param: nnx.Variable, path: tuple) -> tuple[str, ...]:
+    """The logical axes of a whole parameter: its own metadata does not know that it is stacked."""
+    axes = tuple(param.get_metadata("logical_axes"))
+    return ("layers", *axes) if path[0] == "layers" else axes
+
+
+def _target(abstract: jax.ShapeDtypeStruct, axes: tuple, mesh: Mesh) -> jax.ShapeDtypeStruct:
+    lies = sharding(mesh, axes, abstract.shape)
+    return jax.ShapeDtypeStruct(abstract.shape, abstract.dtype, sharding=lies)
+
+
+def _check_rules(rules: tuple[Rule, ...], targets: Mapping, config: ModelConfig) -> None:
+    """The family's table and the module agree on every parameter, each once."""
+    made = Counter(rule.target for rule in rules)
+    wrong = [path for path in {*made, *targets} if made[path] != 1 or path not in targets]
+    wrong += [r.target for r in rules if r.target in targets and targets[r.target].shape != r.shape]
+    if wrong:
+        names = ", ".join(sorted(".".join(path) for path in wrong))
+        raise ValueError(f"the table of {config.model_type} does not fit the model at {names}")
+
+
+def _stream(
+    steps: tuple[Step, ...],
+    targets: Mapping[tuple, jax.ShapeDtypeStruct],
+    mesh: Mesh,
+    progress: Progress,
+    in_flight_bytes: int,
+) -> dict[tuple, jax.Array]:
+    specs = tuple((t.shape, t.dtype, t.sharding) for t in targets.values())
+    arrays = dict(zip(targets, _zeros(specs), strict=True))
+    total, done, in_flight = sum(step.tensor.nbytes for step in steps), 0, 0
+    progress("load", 0, total)
+    for step in steps:
+        if in_flight and in_flight + step.tensor.nbytes > in_flight_bytes:
+            jax.block_until_ready(arrays)  # each is the newest of its name: all writes are done
+            in_flight = 0
+        path, layout = step.rule.target, step.rule.layout
+        host = read_tensor(step.tensor)
+        if host.dtype == np.float64:  # jax has no such arrays by default
+            host = host.astype(np.float32)
+        moved = jax.device_put(host, _source_sharding(layout, mesh))
+        arrays[path] = _write(
+            arrays[path], moved, np.int32(step.layer), layout, targets[path].sharding
+        )
+        in_flight += step.tensor.nbytes
+        done += step.tensor.nbytes
+        progress("load", done, total)
+    return jax.block_until_ready(arrays)
+
+
+@partial(jax.jit, static_argnames="specs")
+def _zeros(specs: tuple[tuple[tuple[int, ...], np.dtype, NamedSharding], ...]) -> list[jax.Array]:
+    """One program for all parameters, so that start-up compiles little."""
+    return [
+        jax.lax.with_sharding_constraint(jnp.zeros(shape, dtype), lies)
+        for shape, dtype, lies in specs
+    ]
+
+
+def _source_sharding(layout: Layout, mesh: Mesh) -> NamedSharding:
+    """The source split as its target will be: a group of axes by its first letter. Kv heads that
+    get repeated are fewer than the devices and come whole."""
+    size = dict(zip((a for group in layout.source_axes for a in group), layout.sizes, strict=True))
+    first = [group[0] for group in layout.source_axes]
+    whole = "K" if layout.kv_replicas > 1 else ""
+    axes = [None if letter in whole else AXES[letter] for letter in first]
+    return sharding(mesh, axes, [size[letter] for letter in first])
+
+
+@partial(jax.jit, static_argnames=("layout", "lies"), donate_argnames="parameter")
+def _write(
+    parameter: jax.Array, tensor: jax.Array, layer: jax.Array, layout: Layout, lies: NamedSharding
+) -> jax.Array:
+    """`tensor` in its place in `parameter`, which it reuses; one program per layout and dtype."""
+    letters = [letter for group in layout.source_axes for letter in group]
+    value = tensor.astype(parameter.dtype).reshape(layout.sizes)
+    value = value.transpose([letters.index(letter) for letter in layout.target_axes])
+    if layout.kv_replicas > 1 and "K" in layout.target_axes:
+        value = value.repeat(layout.kv_replicas, axis=layout.target_axes.index("K"))
+    if value.ndim == parameter.ndim:
+        written = jax.lax.dynamic_update_slice(parameter, value, (0,) * value.ndim)
+    else:
+        written = jax.lax.dynamic_update_index_in_dim(parameter, value, layer, 0)
+    return jax.lax.with_sharding_constraint(written, lies)
+
+
+def _restore(
+    folder: Path,
+    targets: Mapping[tuple, jax.ShapeDtypeStruct],
+    kv_axis: Mapping[tuple, int],
+    replicas: int,
+    progress: Progress,
+) -> dict[tuple, jax.Array]:
+    """The artifact's arrays, cast and placed. Kv heads to be repeated are read whole first."""
+    repeated = dict(kv_axis) if replicas > 1 else {}
+    asked = dict(targets)
+    for path, axis in repeated.items():
+        t = targets[path]
+        shape = tuple(n // replicas if i == axis else n for i, n in enumerate(t.shape))
+        whole = NamedSharding(t.sharding.mesh, jax.P())
+        asked[path] = jax.ShapeDtypeStruct(shape, t.dtype, sharding=whole)
+    total = sum(t.size * t.dtype.itemsize for t in asked.values())
+    progress("load", 0, total)
+    arrays = read_parameters(folder, asked)
+    for path, axis in repeated.items():
+        repeat = jax.jit(
+            partial(jnp.repeat, repeats=replicas, axis=axis), out_shardings=targets[path].sharding
+        )
+        arrays[path] = repeat(arrays[path])
+    jax.block_until_ready(arrays)
+    progress("load", total, total)
+    return arrays
