@@ -1,0 +1,122 @@
+"""A scheduled step as the arrays its program takes. Host-side; numpy alone."""
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from xlinfer.engine.scheduler import Chunk, Decode, Forward
+from xlinfer.engine.sequence import Sequence
+from xlinfer.engine.slots import needs
+from xlinfer.plan import Plan
+from xlinfer.programs import FROM_DEVICE, DecodeInput, ForwardInput, SampleInput
+from xlinfer.sampling import Wanted
+
+
+class Batcher:
+    """Keeps the running sequences' page tables as one array, written as they grow.
+
+    Padding rows carry the one slot past the sequences', which nobody holds.
+    """
+
+    def __init__(self, plan: Plan, *, decode_rows_apart: bool):
+        self._plan = plan
+        self._apart = decode_rows_apart  # give single-token rows to the decode path of attention
+        self._pages_ZM = np.zeros((plan.max_num_seqs + 1, plan.pages_per_seq), np.int32)
+        self._written = [0] * plan.max_num_seqs
+        self._needs_ZW = np.zeros((plan.max_num_seqs, len(Wanted._fields)), bool)
+
+    def admit(self, seq: Sequence) -> None:
+        """The sequence has its slot from here on."""
+        self._written[seq.held_slot] = 0
+        self._needs_ZW[seq.held_slot] = needs(seq.request.sampling)
+
+    def forward(self, step: Forward) -> ForwardInput:
+        plan, chunks = self._plan, step.chunks
+        self._write_pages(chunk.seq for chunk in chunks)
+        T, rows = plan.token_bucket(step.num_tokens), len(chunks)
+        token_T, pos_T, slot_T, page_T, offset_T = np.zeros((5, T), np.int32)
+        slot_T[:] = plan.max_num_seqs
+        kv_len_R = np.zeros(plan.max_num_seqs, np.int32)
+        start_R = np.full(plan.max_num_seqs + 1, step.num_tokens, np.int32)
+        pages_RM = np.zeros((plan.max_num_seqs, plan.pages_per_seq), np.int32)
+        pages_RM[:rows] = self._pages_ZM[[chunk.seq.held_slot for chunk in chunks]]
+        t = 0
+        for r, (seq, start, count) in enumerate((c.seq, c.start, c.count) for c in chunks):
+            start_R[r], kv_len_R[r] = t, start + count
+            here = slice(t, t + count)
+            token_T[here] = _tokens(seq, start, count)
+            pos_T[here] = np.arange(start, start + count)
+            slot_T[here] = seq.held_slot
+            t += count
+        here = slice(0, t)
+        page_T[here] = self._pages_ZM[slot_T[here], pos_T[here] // plan.page_size]
+        offset_T[here] = pos_T[here] % plan.page_size
+        single = sum(chunk.count == 1 for chunk in chunks) if self._apart else 0
+        return ForwardInput(
+            token_T, pos_T, page_T, offset_T, slot_T, pages_RM, kv_len_R, start_R,
+            np.int32(single), np.int32(rows),
+        )  # fmt: skip
+
+    def sample(self, step: Forward) -> SampleInput | None:
+        """For the chunks that reach their sequence's end; None when there is none."""
+        row_R = [r for r, chunk in enumerate(step.chunks) if chunk.samples]
+        if not row_R:
+            return None
+        rows = self._plan.sample_bucket(len(row_R))
+        chunks = [step.chunks[r] for r in row_R]
+        return SampleInput(
+            self._slots([chunk.seq for chunk in chunks], rows),
+            _padded(row_R, rows),
+            _padded([chunk.start + chunk.count for chunk in chunks], rows),
+            self._wanted(chunk.seq for chunk in chunks),
+        )
+
+    def decode(self, step: Decode) -> DecodeInput:
+        self._write_pages(step.seqs)
+        rows = self._plan.decode_bucket(len(step.seqs))
+        slot_R = self._slots(step.seqs, rows)
+        before_R = [s.length - gain for s, gain in zip(step.seqs, step.gains, strict=True)]
+        return DecodeInput(
+            slot_R, _padded(before_R, rows), self._pages_ZM[slot_R],
+            np.int32(len(step.seqs)), np.int32(step.steps), self._wanted(step.seqs),
+        )  # fmt: skip
+
+    def targets(self, step: Forward) -> np.ndarray | None:
+        """Beside each token of the step the prompt token that follows it, for prompt
+        log-probabilities; None when no chunk is asked for them."""
+        if not any(wants_prompt_logprobs(chunk) for chunk in step.chunks):
+            return None
+        target_T, t = np.zeros(self._plan.token_bucket(step.num_tokens), np.int32), 0
+        for chunk in step.chunks:
+            following = chunk.seq.request.prompt_token_ids[chunk.start + 1 :][: chunk.count]
+            target_T[t : t + len(following)] = following
+            t += chunk.count
+        return target_T
+
+    def _write_pages(self, seqs: Iterable[Sequence]) -> None:
+        for seq in seqs:
+            slot = seq.held_slot
+            if (done := self._written[slot]) < len(seq.pages):
+                self._pages_ZM[slot, done : len(seq.pages)] = seq.pages[done:]
+                self._written[slot] = len(seq.pages)
+
+    def _slots(self, seqs: Iterable[Sequence], rows: int) -> np.ndarray:
+        return _padded([seq.held_slot for seq in seqs], rows, self._plan.max_num_seqs)
+
+    def _wanted(self, seqs: Iterable[Sequence]) -> Wanted:
+        return Wanted(*self._needs_ZW[[seq.held_slot for seq in seqs]].any(0).astype(np.int32))
+
+
+def wants_prompt_logprobs(chunk: Chunk) -> bool:
+    """Whether this chunk scores prompt tokens: those after its own, the prompt's last excluded."""
+    asked = chunk.seq.request.sampling.prompt_logprobs is not None
+    return asked and chunk.start < chunk.seq.num_prompt - 1
+
+
+def _tokens(seq: Sequence, start: int, count: int) -> list[int]:
+    known = seq.tokens[start : start + count]
+    return known + [FROM_DEVICE] * (count - len(known))
+
+
+def _padded(values: list, size: int, fill: int = 0) -> np.ndarray:
+    return np.array(values + [fill] * (size - len(values)), np.int32)

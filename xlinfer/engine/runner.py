@@ -1,0 +1,108 @@
+"""Puts scheduled steps on the device and brings their results back, one step behind."""
+
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from pallas_kernels.paged_attention import Pages
+from xlinfer.compile import Executables
+from xlinfer.engine.batch import Batcher
+from xlinfer.engine.scheduler import Decode, Forward, Step
+from xlinfer.engine.sequence import Sequence
+from xlinfer.engine.slots import output_counts, recent_tokens, slot_params
+from xlinfer.plan import Plan
+from xlinfer.programs import Sampled, pack
+from xlinfer.sampling import Logprobs, Wanted, empty_slots
+
+
+@dataclass(frozen=True, kw_only=True)
+class InFlight:
+    """A step on the device; its arrays are on their way to the host."""
+
+    step: Step
+    sampled: Sampled | None
+    scores: Logprobs | None  # of the prompt tokens that follow the step's
+
+    def fetch(self) -> tuple[Sampled | None, Logprobs | None]:
+        """As numpy arrays, waiting for the step to be done."""
+        return jax.tree.map(np.asarray, (self.sampled, self.scores))
+
+
+class Runner:
+    """Owns everything that lives on the device: parameters, cache and slots."""
+
+    def __init__(
+        self,
+        params: tuple[jax.Array, ...],
+        executables: Executables,
+        kv: Pages,
+        plan: Plan,
+        mesh: Mesh,
+        *,
+        vocab_size: int,
+        seed: int,
+    ):
+        self.params = params
+        self._run, self._kv, self._plan, self._vocab_size = executables, kv, plan, vocab_size
+        self._whole = NamedSharding(mesh, PartitionSpec())
+        slots = jax.jit(empty_slots, static_argnums=(0, 1), out_shardings=self._whole)
+        self._slots = slots(plan.max_num_seqs + 1, vocab_size)
+        # Single-token rows have a cheaper path through attention, with other roundings; a plan
+        # without decode programs wants one path for all.
+        self._batcher = Batcher(plan, decode_rows_apart=plan.decode_window > 0)
+        self._seeds = np.random.default_rng(seed)
+
+    def start(self, step: Step) -> InFlight:
+        """Dispatch a step; returns before the device is done."""
+        return self._forward(step) if isinstance(step, Forward) else self._decode(step)
+
+    def _forward(self, step: Forward) -> InFlight:
+        for chunk in step.chunks:
+            if chunk.admitted:
+                self._admit(chunk.seq)
+        tokens = self._plan.token_bucket(step.num_tokens)
+        packed = self._put(pack(self._batcher.forward(step)))
+        self._kv, hidden_TD, last_RD = self._run.forward[tokens](
+            self.params, self._kv, self._slots, packed
+        )
+        sampled = scores = None
+        if (sample := self._batcher.sample(step)) is not None:
+            self._slots, sampled = self._run.sample[len(sample.slot_R)](
+                self.params, self._slots, last_RD, self._put(pack(sample))
+            )
+            sampled = _asked(sampled, sample.wanted)
+        if (target_T := self._batcher.targets(step)) is not None:
+            scores = self._run.score[tokens](self.params, hidden_TD, self._put(target_T))
+        return self._in_flight(step, sampled, scores)
+
+    def _decode(self, step: Decode) -> InFlight:
+        x = self._batcher.decode(step)
+        self._kv, self._slots, sampled = self._run.decode[len(x.slot_R)](
+            self.params, self._kv, self._slots, self._put(pack(x))
+        )
+        return self._in_flight(step, _asked(sampled, x.wanted), None)
+
+    def _in_flight(self, step, sampled, scores) -> InFlight:
+        for array in jax.tree.leaves((sampled, scores)):
+            array.copy_to_host_async()
+        return InFlight(step=step, sampled=sampled, scores=scores)
+
+    def _admit(self, seq: Sequence) -> None:
+        """The sequence got its slot, for the first time or again after a preemption."""
+        if seq.seed is None:  # kept through preemptions
+            seq.seed = int(self._seeds.integers(2**63))
+        self._batcher.admit(seq)
+        self._slots = self._run.admit(
+            self._slots, np.int32(seq.held_slot), slot_params(seq, self._vocab_size, seq.seed),
+            np.int32(seq.tokens[-1]), recent_tokens(seq), output_counts(seq, self._vocab_size),
+        )  # fmt: skip
+
+    def _put(self, array: np.ndarray) -> jax.Array:
+        return jax.device_put(array, self._whole)
+
+
+def _asked(sampled: Sampled, wanted: Wanted) -> Sampled:
+    """Without the log-probabilities when nobody wants them: they need not travel."""
+    return sampled if wanted.logprobs else sampled._replace(logprobs=None)

@@ -1,0 +1,131 @@
+"""A request's sampling parameters as the device's fixed-size tables hold them."""
+
+import hashlib
+
+import numpy as np
+
+from xlinfer.engine.sequence import Sequence
+from xlinfer.request import MAX_LOGIT_BIAS, InvalidRequest, Request, SamplingParams
+from xlinfer.sampling import BAD_WORD_LENGTH, BAD_WORDS, NO_TOKEN, STOP_IDS, SlotParams, Wanted
+
+
+def stop_ids(request: Request) -> tuple[int, ...]:
+    """Every token that ends the answer."""
+    eos = () if request.sampling.ignore_eos else request.eos_token_ids
+    return tuple(dict.fromkeys((*eos, *(request.sampling.stop_token_ids or ()))))
+
+
+def check_request(request: Request, vocab_size: int, max_model_len: int, max_logprobs: int) -> None:
+    """Raise InvalidRequest for what only the model's sizes can tell."""
+    prompt, sampling = request.prompt_token_ids, request.sampling
+    if not prompt:
+        raise InvalidRequest("prompt", "The prompt must hold at least one token.")
+    room = max_model_len if sampling.max_tokens == 0 else max_model_len - 1
+    if len(prompt) > room:
+        raise InvalidRequest(
+            "prompt",
+            f"This model's maximum context length is {max_model_len} tokens. However, your prompt "
+            f"contains {len(prompt)} input tokens. Please reduce the length of the prompt.",
+        )
+    for name, tokens in (
+        ("prompt", prompt),
+        ("logit_bias", sampling.logit_bias or ()),
+        ("stop_token_ids", sampling.stop_token_ids or ()),
+        ("allowed_token_ids", sampling.allowed_token_ids or ()),
+        ("bad_words", [token for word in request.bad_words_token_ids for token in word]),
+    ):
+        for token in tokens:
+            if not 0 <= token < vocab_size:
+                raise InvalidRequest(
+                    name,
+                    f"{name} holds token id {token}, which is outside the vocabulary of "
+                    f"{vocab_size} tokens.",
+                )
+    for name in ("logprobs", "prompt_logprobs"):
+        asked = getattr(sampling, name)
+        if asked is not None and not 0 <= (vocab_size if asked == -1 else asked) <= max_logprobs:
+            raise InvalidRequest(
+                name, f"{name} may ask for at most {max_logprobs} tokens here, got {asked}."
+            )
+    if any(len(word) > BAD_WORD_LENGTH for word in request.bad_words_token_ids):
+        message = f"A bad word may have at most {BAD_WORD_LENGTH} tokens."
+        raise InvalidRequest("bad_words", message)
+    if len(request.bad_words_token_ids) > BAD_WORDS:
+        raise InvalidRequest("bad_words", f"At most {BAD_WORDS} token sequences may be banned.")
+    if len(stop_ids(request)) > STOP_IDS:
+        message = f"At most {STOP_IDS} tokens may end an answer, the model's own included."
+        raise InvalidRequest("stop_token_ids", message)
+
+
+def needs(sampling: SamplingParams) -> np.ndarray:
+    """Which parts of the sampler the request wants: booleans in the order of `Wanted`."""
+    wanted = Wanted(
+        random=not sampling.greedy,
+        filters=sampling.top_k > 0 or sampling.top_p < 1 or sampling.min_p > 0,
+        penalties=bool(sampling.presence_penalty or sampling.frequency_penalty)
+        or sampling.repetition_penalty != 1,
+        constraints=bool(sampling.logit_bias or sampling.bad_words or sampling.min_tokens)
+        or sampling.allowed_token_ids is not None,
+        logprobs=sampling.logprobs is not None,
+    )
+    return np.array(wanted, bool)
+
+
+def slot_params(seq: Sequence, vocab_size: int, seed: int) -> SlotParams:
+    """One slot's row of SlotParams. `seed` is used when the request names none."""
+    request, sampling = seq.request, seq.request.sampling
+    allowed = range(vocab_size) if (ids := sampling.allowed_token_ids) is None else ids
+    bias = sampling.logit_bias or {}
+    words = np.full((BAD_WORDS, BAD_WORD_LENGTH), NO_TOKEN, np.int32)
+    for i, word in enumerate(request.bad_words_token_ids):
+        words[i, -len(word) :] = word
+    return SlotParams(
+        temperature_Z=np.float32(sampling.temperature),
+        top_k_Z=np.int32(min(sampling.top_k or vocab_size, vocab_size)),
+        top_p_Z=np.float32(sampling.top_p),
+        min_p_Z=np.float32(sampling.min_p),
+        presence_Z=np.float32(sampling.presence_penalty),
+        frequency_Z=np.float32(sampling.frequency_penalty),
+        repetition_Z=np.float32(sampling.repetition_penalty),
+        seed_Z2=_key(sampling.seed if sampling.seed is not None else seed, request.answer_index),
+        min_length_Z=np.int32(seq.num_prompt + sampling.min_tokens),
+        max_length_Z=np.int32(seq.max_length),
+        stop_ZE=_table(stop_ids(request), STOP_IDS, NO_TOKEN),
+        bias_token_ZA=_table(list(bias), MAX_LOGIT_BIAS, 0),
+        bias_ZA=_table(list(bias.values()), MAX_LOGIT_BIAS, 0.0),
+        bad_words_ZBC=words,
+        allowed_Zv=_bits(allowed, vocab_size),
+        prompt_Zv=_bits(request.prompt_token_ids, vocab_size),
+    )
+
+
+def recent_tokens(seq: Sequence) -> np.ndarray:
+    """The latest of the answer, as bad words see it."""
+    tail = seq.tokens[seq.num_prompt :][-BAD_WORD_LENGTH:]
+    return np.array([NO_TOKEN] * (BAD_WORD_LENGTH - len(tail)) + tail, np.int32)
+
+
+def output_counts(seq: Sequence, vocab_size: int) -> np.ndarray:
+    answer = seq.tokens[seq.num_prompt :]
+    return np.bincount(np.array(answer, np.int64), minlength=vocab_size).astype(np.int32)
+
+
+def _key(seed: int, answer_index: int) -> np.ndarray:
+    """threefry's key for the seed; the answers of one request have keys of their own."""
+    if answer_index:
+        digest = hashlib.sha256(f"{seed}:{answer_index}".encode()).digest()
+        seed = int.from_bytes(digest[:8], "big")
+    return np.array([seed >> 32 & 0xFFFFFFFF, seed & 0xFFFFFFFF], np.uint32)
+
+
+def _table(values, size: int, fill: int | float) -> np.ndarray:
+    row = np.full(size, fill, np.float32 if isinstance(fill, float) else np.int32)
+    row[: len(values)] = values
+    return row
+
+
+def _bits(tokens, vocab_size: int) -> np.ndarray:
+    """uint32 words with the tokens' bits set, token t in bit t % 32 of word t // 32."""
+    members = np.zeros(-(-vocab_size // 32) * 32, bool)
+    members[np.fromiter(tokens, np.int64)] = True
+    return np.packbits(members, bitorder="little").view(np.uint32)
