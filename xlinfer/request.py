@@ -4,8 +4,7 @@ Names and meanings are vLLM's (`vllm.SamplingParams`, `vllm.RequestOutput`), so 
 written against it runs unchanged.
 """
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -20,6 +19,7 @@ MAX_STOP_TOKEN_IDS = 64
 MAX_BAD_WORDS = 64
 MAX_LOGIT_BIAS = 1024
 SEED_MIN, SEED_MAX = -(2**63), 2**63 - 1
+GREEDY_BELOW = 1e-5  # a temperature; logits divided by less leave float32
 
 
 class InvalidRequest(ValueError):
@@ -64,17 +64,18 @@ class SamplingParams:
 
     def __post_init__(self):
         put = lambda name, value: object.__setattr__(self, name, value)  # frozen afterwards
-        put("stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()))
-        put("stop_token_ids", tuple(self.stop_token_ids or ()))
-        put("bad_words", tuple(self.bad_words or ()))
+        put("stop", (self.stop,) if isinstance(self.stop, str) else _entries("stop", self.stop))
+        for name in ("stop_token_ids", "bad_words"):
+            put(name, _entries(name, getattr(self, name)))
         if self.allowed_token_ids is not None:
-            put("allowed_token_ids", tuple(self.allowed_token_ids))
+            put("allowed_token_ids", _entries("allowed_token_ids", self.allowed_token_ids))
         if self.logit_bias is not None:
             put("logit_bias", _token_biases(self.logit_bias))
-        if self.top_k == -1:
-            put("top_k", 0)
         self._check_ranges()
         self._check_lists()
+        put("top_k", max(self.top_k, 0))
+        if self.temperature < GREEDY_BELOW:
+            put("temperature", 0.0)
 
     def _check_ranges(self):
         _integer("n", self.n, 1, MAX_N)
@@ -82,13 +83,11 @@ class SamplingParams:
         _number("top_p", self.top_p, 0.0, 1.0)
         if self.top_p == 0.0:
             raise InvalidRequest("top_p", "top_p must be in (0, 1], got 0.")
-        _integer("top_k", self.top_k, 0, 2**31 - 1, also="-1 for all")
+        _integer("top_k", self.top_k, -1, 2**31 - 1)
         _number("min_p", self.min_p, 0.0, 1.0)
         _number("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-        _number("repetition_penalty", self.repetition_penalty, 0.0, 1e4)
-        if self.repetition_penalty == 0.0:
-            raise InvalidRequest("repetition_penalty", "repetition_penalty must be above 0, got 0.")
+        _number("repetition_penalty", self.repetition_penalty, 1e-4, 1e4)
         if self.seed is not None:
             _integer("seed", self.seed, SEED_MIN, SEED_MAX)
         if self.max_tokens is not None:
@@ -103,6 +102,12 @@ class SamplingParams:
         for name in ("logprobs", "prompt_logprobs"):
             if (value := getattr(self, name)) is not None:
                 _integer(name, value, -1, 2**31 - 1)
+        for name in (
+            *("include_stop_str_in_output", "ignore_eos", "detokenize"),
+            *("skip_special_tokens", "spaces_between_special_tokens"),
+        ):
+            if not isinstance(value := getattr(self, name), bool):
+                raise InvalidRequest(name, f"{name} must be True or False, got {value!r}.")
 
     def _check_lists(self):
         stop, bad_words = self.stop_strings, self.bad_words or ()
@@ -134,16 +139,24 @@ class SamplingParams:
         return self.temperature == 0.0
 
 
-def _integer(name: str, value: object, low: int, high: int, *, also: str = "") -> None:
+def _integer(name: str, value: object, low: int, high: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        bounds = f"an integer from {low} to {high}" + f" ({also})" * bool(also)
-        raise InvalidRequest(name, f"{name} must be {bounds}, got {value!r}.")
+        message = f"{name} must be an integer from {low} to {high}, got {value!r}."
+        raise InvalidRequest(name, message)
 
 
 def _number(name: str, value: object, low: float, high: float) -> None:
-    good = isinstance(value, int | float) and not isinstance(value, bool)
-    if not good or not math.isfinite(value) or not low <= value <= high:  # type: ignore[arg-type]
+    # NaN is in no range.
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
         raise InvalidRequest(name, f"{name} must be a number in [{low}, {high}], got {value!r}.")
+
+
+def _entries(name: str, values: object) -> tuple:
+    if values is None:
+        return ()
+    if isinstance(values, str | bytes) or not isinstance(values, Sequence | Set):
+        raise InvalidRequest(name, f"{name} must be a list, got {values!r}.")
+    return tuple(values)
 
 
 def _count(name: str, values: object, most: int) -> None:
@@ -153,13 +166,13 @@ def _count(name: str, values: object, most: int) -> None:
 
 def _token_biases(biases: Mapping[int, float]) -> dict[int, float]:
     """JSON spells the keys as strings; both spellings are read."""
+    if not isinstance(biases, Mapping):
+        message = f"logit_bias must map token ids to numbers, got {biases!r}."
+        raise InvalidRequest("logit_bias", message)
     result = {}
     for token, bias in biases.items():
-        try:
+        if isinstance(token, str) and token.isdecimal() and len(token) < 20:
             token = int(token)
-        except (TypeError, ValueError):
-            message = f"logit_bias keys must be token ids, got {token!r}."
-            raise InvalidRequest("logit_bias", message) from None
         _integer("logit_bias", token, 0, 2**31 - 1)
         _number("logit_bias", bias, -100.0, 100.0)
         result[token] = float(bias)

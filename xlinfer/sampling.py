@@ -239,7 +239,8 @@ def _filter(y_RV, params: SlotParams):
     p_RV = jax.nn.softmax(y_RV, axis=-1)
     bits_RV = lax.bitcast_convert_type(p_RV, jnp.uint32)  # ordered, since p >= 0
     mass = lambda t_R: jnp.where(bits_RV >= t_R[:, None], p_RV, 0.0).sum(-1)
-    kept_R = _largest(lambda t_R: mass(t_R) >= params.top_p_Z, y_RV.shape[0])
+    least_R = jnp.maximum(params.top_p_Z, 1e-30)  # not even 0 leaves out the likeliest
+    kept_R = _largest(lambda t_R: mass(t_R) >= least_R, y_RV.shape[0])
     kept_R = jnp.where(params.top_p_Z >= 1.0, jnp.uint32(0), kept_R)
     return jnp.where(bits_RV >= kept_R[:, None], y_RV, BANNED)
 

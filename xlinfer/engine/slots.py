@@ -35,10 +35,10 @@ def check_request(request: Request, vocab_size: int, max_model_len: int, max_log
         ("bad_words", [token for word in request.bad_words_token_ids for token in word]),
     ):
         for token in tokens:
-            if not 0 <= token < vocab_size:
+            if not isinstance(token, int | np.integer) or not 0 <= token < vocab_size:
                 raise InvalidRequest(
                     name,
-                    f"{name} holds token id {token}, which is outside the vocabulary of "
+                    f"{name} holds token id {token!r}, which is outside the vocabulary of "
                     f"{vocab_size} tokens.",
                 )
     for name in ("logprobs", "prompt_logprobs"):
@@ -47,8 +47,8 @@ def check_request(request: Request, vocab_size: int, max_model_len: int, max_log
             raise InvalidRequest(
                 name, f"{name} may ask for at most {max_logprobs} tokens here, got {asked}."
             )
-    if any(len(word) > BAD_WORD_LENGTH for word in request.bad_words_token_ids):
-        message = f"A bad word may have at most {BAD_WORD_LENGTH} tokens."
+    if not all(0 < len(word) <= BAD_WORD_LENGTH for word in request.bad_words_token_ids):
+        message = f"A bad word must have 1 to {BAD_WORD_LENGTH} tokens."
         raise InvalidRequest("bad_words", message)
     if len(request.bad_words_token_ids) > BAD_WORDS:
         raise InvalidRequest("bad_words", f"At most {BAD_WORDS} token sequences may be banned.")

@@ -1,0 +1,112 @@
+"""From a checkpoint folder to something that answers: the library and the server build alike."""
+
+import os
+import stat
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+from xlinfer.config import GenerationConfig
+from xlinfer.plan import Plan
+from xlinfer.progress import Progress
+from xlinfer.request import EngineStats, Request, TokenOutput
+from xlinfer.serve.tokenizer import Tokenizer
+
+DEMO_MODEL = Path(__file__).parent.parent / "demo"
+DEMO_NAME = "pystd-8m"
+
+
+@runtime_checkable
+class TokenEngine(Protocol):
+    """What serving needs of `xlinfer.engine.engine.Engine`. One thread at a time may call it."""
+
+    @property
+    def plan(self) -> Plan: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def has_work(self) -> bool: ...
+    def add_request(self, request: Request) -> None: ...
+    def abort(self, request_ids: Iterable[str]) -> None: ...
+    def step(self) -> list[TokenOutput]: ...
+    def stats(self) -> EngineStats: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """The keyword arguments of `xlinfer.LLM`, the server's flags of the same names."""
+
+    model: str
+    tokenizer: str | None = None  # folder; None: the model's
+    chat_template: str | None = None  # file; None: the tokenizer's
+    dtype: str = "auto"
+    max_model_len: int | None = None
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
+    page_size: int | None = None
+    num_pages: int | None = None
+    hbm_utilization: float = 0.9
+    tensor_parallel_size: int = 1
+    enable_prefix_caching: bool = True
+    deterministic: bool = False
+    max_logprobs: int = 20
+    seed: int = 0
+    compile_cache_dir: str | None = None  # None: compiled programs are not kept
+
+
+@dataclass(frozen=True, kw_only=True)
+class Built:
+    engine: TokenEngine
+    tokenizer: Tokenizer
+    generation: GenerationConfig
+
+
+# Options that are the engine's arguments of the same name.
+_ENGINE = (
+    *("max_model_len", "max_num_seqs", "max_num_batched_tokens", "page_size", "num_pages"),
+    *("hbm_utilization", "enable_prefix_caching", "deterministic", "max_logprobs", "seed"),
+)
+
+
+def build(options: EngineOptions, progress: Progress) -> Built:
+    """Load, compile, ready. Raises ValueError or OSError saying which option is wrong."""
+    # Late, so that a server answers /live while jax is still being imported.
+    import converters
+    from xlinfer.engine.engine import Engine
+    from xlinfer.mesh import make_mesh
+    from xlinfer.weights import load_model
+
+    if options.compile_cache_dir is not None:
+        use_compile_cache(Path(options.compile_cache_dir))
+    # The small files first: a missing tokenizer should not cost a load.
+    checkpoint = converters.open_checkpoint(options.model)
+    tokenizer = Tokenizer.open(
+        options.tokenizer or options.model, chat_template=options.chat_template
+    )
+    mesh = make_mesh(options.tensor_parallel_size)
+    module = load_model(options.model, dtype=options.dtype, mesh=mesh, progress=progress)
+    # What nobody asked for is left to the engine's own defaults.
+    given = {name: value for name in _ENGINE if (value := getattr(options, name)) is not None}
+    engine = Engine(module, mesh=mesh, progress=progress, **given)
+    return Built(engine=engine, tokenizer=tokenizer, generation=checkpoint.generation)
+
+
+def use_compile_cache(folder: Path) -> None:
+    """Keep compiled programs in `folder` for the next start.
+
+    They are machine code that will be run, so the folder must be ours and nobody else may write
+    to it: otherwise ValueError. It is made if it is missing.
+    """
+    import jax
+
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = folder.stat()
+    if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise ValueError(
+            f"--compile_cache_dir={folder} must belong to you and be writable by nobody else "
+            "(chmod 700), because programs in it will be run."
+        )
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
