@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
@@ -126,8 +127,8 @@ def kept(row: Row, x_V: np.ndarray) -> set[int] | None:
     return set(np.flatnonzero(keep_V).tolist())
 
 
-def asks(**fields) -> SamplingParams:
-    return SamplingParams(**({"temperature": 0} | fields))
+def asks(temperature: float = 0, **fields: Any) -> SamplingParams:
+    return SamplingParams(temperature=temperature, **fields)
 
 
 RICH = (

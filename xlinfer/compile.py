@@ -30,14 +30,14 @@ class Executables:
     forward: dict[int, Compiled]  # by token bucket
     sample: dict[int, Compiled]  # by row bucket
     decode: dict[int, Compiled]  # by row bucket; empty without a decode window
-    score: dict[int, Compiled]  # by token bucket
+    score: Compiled
     admit: Compiled
 
     @property
     def temp_bytes(self) -> int:
         """Of the hungriest program, per device, beside its arguments and results."""
         programs = [*self.forward.values(), *self.sample.values(), *self.decode.values()]
-        programs += self.score.values()
+        programs.append(self.score)
         facts = [memory for p in programs if (memory := p.memory_analysis()) is not None]
         return max(memory.temp_size_in_bytes for memory in facts)
 
@@ -91,13 +91,13 @@ def compile_all(
         run = partial(programs.forward, tokens=tokens)
         out = (cache, whole, whole)
         jobs["forward", tokens] = Job(run, (params, kv, slots, step), (1,), out)
-        target_T = jax.ShapeDtypeStruct((tokens,), jnp.int32, sharding=whole)
-        jobs["score", tokens] = Job(programs.score, (params, states(tokens), target_T), (), whole)
+    target_T, one = (jax.ShapeDtypeStruct(s, jnp.int32, sharding=whole) for s in ((largest,), ()))
+    jobs["score", 0] = Job(programs.score, (params, states(largest), target_T, one), (), whole)
     jobs["admit", 0] = Job(programs.admit, _admit_args(slots, whole), (0,), whole)
     done = _compile_jobs(jobs, progress)
     of = lambda kind: {size: p for (name, size), p in done.items() if name == kind}
     return Executables(
-        forward=of("forward"), sample=of("sample"), decode=of("decode"), score=of("score"),
+        forward=of("forward"), sample=of("sample"), decode=of("decode"), score=done["score", 0],
         admit=done["admit", 0],
     )  # fmt: skip
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-SMALLEST_TOKEN_BUCKET = 16
+SMALLEST_TOKEN_BUCKET = 32
 
 
 class PlanError(ValueError):
@@ -18,21 +18,25 @@ class Plan:
     num_pages: int  # the padding's included
     token_buckets: tuple[int, ...]  # ascending; the last is max_num_batched_tokens
     decode_buckets: tuple[int, ...]  # rows, ascending; the last is max_num_seqs
-    sample_buckets: tuple[int, ...]  # likewise, coarser: the forward before it costs far more
+    sample_buckets: tuple[int, ...]  # rows, ascending: one, and max_num_seqs
     decode_window: int  # most tokens a row gains in one decode call; 0: decode rows go by forward
     max_logprobs: int  # most likely tokens reported beside the chosen one
 
     def __post_init__(self):
-        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "page_size"):
-            if getattr(self, name) < 1:
-                raise PlanError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        for name, least in (
+            *(("max_model_len", 1), ("max_num_seqs", 1), ("max_num_batched_tokens", 1)),
+            *(("page_size", 1), ("decode_window", 0), ("max_logprobs", 0)),
+        ):
+            if getattr(self, name) < least:
+                raise PlanError(f"{name} must be at least {least}, got {getattr(self, name)}.")
         if self.num_pages < self.pages_per_seq + 1:
+            fitting = (self.num_pages - 1) * self.page_size
             raise PlanError(
                 f"num_pages={self.num_pages} cannot hold one sequence of max_model_len="
                 f"{self.max_model_len}: that takes {self.pages_per_seq} pages of {self.page_size} "
                 f"tokens and one for padding. Raise num_pages (or hbm_utilization) to "
-                f"{self.pages_per_seq + 1} pages, or lower max_model_len to "
-                f"{max(self.num_pages - 1, 0) * self.page_size}."
+                f"{self.pages_per_seq + 1} pages"
+                + (f", or lower max_model_len to {fitting}." if fitting > 0 else ".")
             )
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise PlanError(
@@ -63,39 +67,40 @@ def make_plan(
     *,
     max_model_len: int,
     max_num_seqs: int,
-    max_num_batched_tokens: int | None,
+    max_num_batched_tokens: int,
     page_size: int,
     num_pages: int,
     decode_window: int,
     max_logprobs: int,
     deterministic: bool,
+    bucket_ratio: int = 2,
 ) -> Plan:
-    """Buckets double, so at most half of a step is padding.
+    """Each bucket is `bucket_ratio` times the one before: with 2 at most half of a step is
+    padding, with 4 there are half as many programs to compile.
 
     `deterministic` leaves one program of each kind, so that every token of every request is
     computed by the same instructions whatever else runs. Raises PlanError.
     """
-    if max_num_batched_tokens is None:
-        # Deterministic serving pays for the whole bucket on every step, so it is kept small.
-        max_num_batched_tokens = max(max_num_seqs, 64 if deterministic else 512)
-    fewest = SMALLEST_TOKEN_BUCKET
+    fewest = min(SMALLEST_TOKEN_BUCKET, max_num_batched_tokens)
     return Plan(
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
         page_size=page_size,
         num_pages=num_pages,
-        token_buckets=_buckets(fewest, max_num_batched_tokens, 2, one=deterministic),
-        decode_buckets=() if deterministic else _buckets(1, max_num_seqs, 2),
-        sample_buckets=_buckets(1, max_num_seqs, 4, one=deterministic),
+        token_buckets=_buckets(fewest, max_num_batched_tokens, bucket_ratio, one=deterministic),
+        decode_buckets=() if deterministic else _buckets(1, max_num_seqs, bucket_ratio),
+        # Reading the head's weights costs the same for few rows as for many.
+        sample_buckets=_buckets(1, max_num_seqs, max_num_seqs, one=deterministic),
         decode_window=0 if deterministic else decode_window,
         max_logprobs=max_logprobs,
     )
 
 
 def _buckets(first: int, last: int, ratio: int, *, one: bool = False) -> tuple[int, ...]:
-    sizes = []
-    while first < last and not one:
-        sizes.append(first)
-        first *= ratio
-    return (*sizes, last)
+    """From `last` down by `ratio`, then `first`, the two smallest at least `ratio` apart."""
+    sizes = [last]
+    while sizes[0] > first and not one:
+        smaller = sizes[0] // ratio
+        sizes.insert(0, smaller if smaller >= first * ratio else first)
+    return tuple(sizes)

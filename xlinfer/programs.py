@@ -2,8 +2,8 @@
 
 `forward` runs the model over a step's tokens (one program a token bucket), `sample` turns the
 last hidden states into tokens (one a row bucket), `decode` does both for several tokens on the
-device (one a row bucket), `score` gives log-probabilities of known tokens (one a token bucket),
-`admit` sets a request's slot. Every step's small inputs travel as one int32 vector (`pack`).
+device (one a row bucket), `score` gives log-probabilities of known tokens, `admit` sets a
+request's slot. Every step's small inputs travel as one int32 vector (`pack`).
 
 T tokens of the step   R rows   Z slots   M pages per row   V vocabulary   W decode window
 """
@@ -138,8 +138,9 @@ class Programs:
         packed: Int[Array, " n"],
         *,
         tokens: int,
-    ) -> tuple[Pages, Float[Array, "T D"], Float[Array, "R D"]]:
-        """The cache with this step's KV, every token's hidden state, each row's last."""
+    ) -> tuple[Pages, Float[Array, "most D"], Float[Array, "R D"]]:
+        """The cache with this step's KV, every token's hidden state (padded to the largest
+        bucket, so that one `score` serves all), each row's last."""
         x = unpack(packed, forward_shapes(self.plan, tokens))
         token_T = jnp.where(x.token_T == FROM_DEVICE, slots.state.token_Z[x.slot_T], x.token_T)
         ragged = Ragged(x.pages_RM, x.kv_len_R, x.start_R, x.num_decodes, x.num_rows)
@@ -148,7 +149,8 @@ class Programs:
             token_T[None], x.pos_T[None], attend, kv, context_len=self.plan.max_model_len
         )
         last_R = jnp.maximum(x.start_R[1:] - 1, 0)
-        return kv, x_1TD[0], x_1TD[0, last_R]
+        unused = self.plan.max_num_batched_tokens - tokens
+        return kv, jnp.pad(x_1TD[0], ((0, unused), (0, 0))), x_1TD[0, last_R]
 
     def sample(
         self,
@@ -227,22 +229,26 @@ class Programs:
         return kv, Slots(slots.params, state), out
 
     def score(
-        self, params: Sequence[Array], hidden_TD: Float[Array, "T D"], token_T: Int[Array, " T"]
+        self,
+        params: Sequence[Array],
+        hidden_TD: Float[Array, "T D"],
+        token_T: Int[Array, " T"],
+        num_tokens: Int[Array, ""],
     ) -> Logprobs:
-        """Log-probabilities of token_T[t] after hidden state t, and the most likely tokens;
-        the logits of at most SCORE_ROWS positions exist at a time."""
-        model, T = self._model(params), token_T.shape[0]
+        """Log-probabilities of token_T[t] after hidden state t, and the most likely tokens, for
+        t < num_tokens; the logits of at most SCORE_ROWS positions exist at a time."""
+        model, T, most = self._model(params), token_T.shape[0], self.plan.max_logprobs
         size = min(SCORE_ROWS, T)
-        cut = lambda a: jnp.pad(a, [(0, -T % size)] + [(0, 0)] * (a.ndim - 1)).reshape(
-            -1, size, *a.shape[1:]
-        )
 
-        def some(rows):
-            hidden_rD, token_r = rows
-            return logprobs_of(model.logits(hidden_rD[None])[0], token_r, self.plan.max_logprobs)
+        def some(i, scores):
+            first = jnp.minimum(i * size, T - size)  # the last may overlap the one before
+            cut = lambda x: lax.dynamic_slice_in_dim(x, first, size)
+            logits_rV = model.logits(cut(hidden_TD)[None])[0]
+            put = lambda all_T, new: lax.dynamic_update_slice_in_dim(all_T, new, first, 0)
+            return jax.tree.map(put, scores, logprobs_of(logits_rV, cut(token_T), most))
 
-        scores = lax.map(some, (cut(hidden_TD), cut(token_T)))
-        return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:T], scores)
+        nothing = no_logprobs(T, most, model.vocab_size)
+        return lax.fori_loop(0, (num_tokens + size - 1) // size, some, nothing)
 
     def admit(
         self,
@@ -283,5 +289,5 @@ class Programs:
             lambda x: no_logprobs(x.shape[0], most, x.shape[1]),
             logits_RV,
         )
-        state = advance(state, chosen, slot_R, token_R, length_R, live_R, wanted)
+        state = advance(state, chosen, slot_R, token_R, length_R, live_R)
         return state, token_R, logprobs

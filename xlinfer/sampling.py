@@ -143,29 +143,20 @@ def advance(
     token_R: Int[Array, " R"],
     length_R: Int[Array, " R"],
     live_R: Bool[Array, " R"],
-    wanted: Wanted,
 ) -> SlotState:
     """Record each live row's new token, which stands at position `length_R`."""
     stopped_R = (token_R[:, None] == params.stop_ZE).any(-1)
     done_R = ~live_R | stopped_R | (length_R + 1 >= params.max_length_Z)
     keep = lambda new, old: jnp.where(live_R, new, old[slot_R])
-
-    def track(counts_and_recent):
-        count_ZV, recent_ZC = counts_and_recent
-        old_RC = recent_ZC[slot_R]
-        new_RC = jnp.concatenate([old_RC[:, 1:], token_R[:, None]], axis=1)
-        recent_ZC = recent_ZC.at[slot_R].set(jnp.where(live_R[:, None], new_RC, old_RC))
-        return count_ZV.at[slot_R, token_R].add(live_R.astype(jnp.int32)), recent_ZC
-
-    count_ZV, recent_ZC = lax.cond(
-        wanted.penalties + wanted.constraints > 0, track, lambda x: x,
-        (state.output_count_ZV, state.recent_ZC),
-    )  # fmt: skip
+    # Not behind a `cond`, which would copy the counts of all slots to leave them as they are.
+    old_RC = state.recent_ZC[slot_R]
+    new_RC = jnp.concatenate([old_RC[:, 1:], token_R[:, None]], axis=1)
+    recent_RC = jnp.where(live_R[:, None], new_RC, old_RC)
     return SlotState(
         token_Z=state.token_Z.at[slot_R].set(keep(token_R, state.token_Z)),
         done_Z=state.done_Z.at[slot_R].set(done_R),
-        recent_ZC=recent_ZC,
-        output_count_ZV=count_ZV,
+        recent_ZC=state.recent_ZC.at[slot_R].set(recent_RC),
+        output_count_ZV=state.output_count_ZV.at[slot_R, token_R].add(live_R.astype(jnp.int32)),
     )
 
 
@@ -198,12 +189,12 @@ def _constrain(x_RV, params: SlotParams, state: SlotState, slot_R, length_R):
     tail_RB, head_RBc = params.bad_words_ZBC[..., -1], params.bad_words_ZBC[..., :-1]
     latest_R1c = state.recent_ZC[slot_R][:, None, 1:]
     match_RB = ((head_RBc == NO_TOKEN) | (head_RBc == latest_R1c)).all(-1)
-    bad_RB = jnp.where(match_RB & (tail_RB != NO_TOKEN), tail_RB, V)  # V: dropped
-    x_RV = x_RV.at[row_R1, bad_RB].set(BANNED, mode="drop")
-    x_RV = x_RV.at[row_R1, params.bias_token_ZA].add(params.bias_ZA, mode="drop")
-    early_R1 = (length_R < params.min_length_Z)[:, None]
-    stop_RE = jnp.where(early_R1 & (params.stop_ZE != NO_TOKEN), params.stop_ZE, V)
-    return x_RV.at[row_R1, stop_RE].set(BANNED, mode="drop")
+    early_RE = jnp.broadcast_to((length_R < params.min_length_Z)[:, None], params.stop_ZE.shape)
+    token = jnp.concatenate([params.bias_token_ZA, tail_RB, params.stop_ZE], axis=1)
+    banned = jnp.concatenate([jnp.zeros(params.bias_ZA.shape, bool), match_RB, early_RE], axis=1)
+    bias = jnp.pad(params.bias_ZA, ((0, 0), (0, BAD_WORDS + STOP_IDS)))
+    token = jnp.where(token == NO_TOKEN, V, token)  # V: dropped
+    return x_RV.at[row_R1, token].add(jnp.where(banned, BANNED, bias), mode="drop")
 
 
 def _penalize(x_RV, params: SlotParams, state: SlotState, slot_R):

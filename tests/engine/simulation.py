@@ -1,8 +1,8 @@
 """A device and an engine in plain Python around the real Scheduler.
 
-The device runs every step at once and in order, as the real one does, but its tokens are told
-two steps in flight later. Its KV store remembers what was written where, so a page that is
-shared, kept or reused wrongly shows as soon as somebody reads it.
+The device runs every step at once and in order, as the real one does, but tells its tokens some
+steps later. Its KV store remembers what was written where, so a page that is shared, kept or
+reused wrongly shows as soon as somebody reads it.
 """
 
 from collections import Counter, deque
@@ -14,7 +14,6 @@ from xlinfer.engine.sequence import Sequence
 from xlinfer.plan import Plan, make_plan
 from xlinfer.request import Request, SamplingParams
 
-STEPS_IN_FLIGHT = 2
 ALPHABET = 3  # tokens; few, so that prompts and answers often share prefixes
 
 
@@ -89,6 +88,7 @@ class Simulation:
 
     plan: Plan
     caching: bool = True
+    steps_in_flight: int = 2  # as the engine has it
     jobs: dict[Sequence, Job] = field(default_factory=dict)
     finished: dict[Sequence, list[int]] = field(default_factory=dict)
     in_flight: deque[InFlight] = field(default_factory=deque)
@@ -128,18 +128,19 @@ class Simulation:
     def schedule(self) -> Step | None:
         """Schedule one step, check it and run it on the device."""
         lengths = {seq: seq.length for seq in self.unfinished}
-        running = list(self.scheduler.running)
+        running, preempted = list(self.scheduler.running), self.scheduler.num_preemptions
         step = self.scheduler.schedule()
+        preempted = self.scheduler.num_preemptions - preempted
         self.scheduler.check()
         if step is None:
-            self._check_order(None, running)
+            self._check_order(None, running, preempted)
             return None
         self.history.append(step)
         if isinstance(step, Forward):
             self._check_forward(step, lengths)
         else:
             self._check_decode(step, lengths)
-        self._check_order(step, running)
+        self._check_order(step, running, preempted)
         tokens = self._forward(step) if isinstance(step, Forward) else self._decode(step)
         self.in_flight.append(InFlight(step, tokens))
         return step
@@ -161,7 +162,7 @@ class Simulation:
         self.scheduler.check()
 
     def step(self) -> None:
-        while len(self.in_flight) < STEPS_IN_FLIGHT and self.schedule():
+        while len(self.in_flight) < self.steps_in_flight and self.schedule():
             pass
         assert self.in_flight or not self.unfinished, "nothing runs and nobody is done"
         if self.in_flight:
@@ -225,7 +226,7 @@ class Simulation:
             seq, end = chunk.seq, chunk.start + chunk.count
             assert chunk.count > 0 and end <= lengths[seq]
             assert chunk.samples == (end == lengths[seq] < seq.max_length)
-            assert chunk.admitted == (seq not in self._rows or self._rows[seq].computed < 0)
+            assert chunk.admitted or self._rows[seq].computed >= 0, "it has no slot"
 
     def _check_decode(self, step: Decode, lengths: dict[Sequence, int]) -> None:
         assert 0 < len(step.seqs) == len(set(step.seqs)) <= self.plan.max_num_seqs
@@ -234,14 +235,16 @@ class Simulation:
         for seq, gain in zip(step.seqs, step.gains, strict=True):
             assert gain == min(step.steps, seq.max_length - lengths[seq]) > 0
 
-    def _check_order(self, step: Step | None, before: list[Sequence]) -> None:
-        """The first waiting are admitted first, the last running are preempted first."""
+    def _check_order(self, step: Step | None, before: list[Sequence], preempted: int) -> None:
+        """The first waiting are admitted first, the last running are preempted first. One of
+        these may be back at once, when others hold the same prefix."""
         chunks = step.chunks if isinstance(step, Forward) else ()
         admitted = {chunk.seq for chunk in chunks if chunk.admitted}
         running = self.scheduler.running
         waiting = [seq for seq in self.unfinished if seq not in running]
         assert all(a.order < w.order for a in admitted for w in waiting)
         victims = [seq for seq in before if seq not in running or seq in admitted]
+        assert len(victims) == preempted
         stayed = [seq for seq in before if seq not in victims]
         assert all(s.order < v.order for s in stayed for v in victims)
         for seq in victims:

@@ -86,7 +86,7 @@ class Batcher:
         log-probabilities; None when no chunk is asked for them."""
         if not any(wants_prompt_logprobs(chunk) for chunk in step.chunks):
             return None
-        target_T, t = np.zeros(self._plan.token_bucket(step.num_tokens), np.int32), 0
+        target_T, t = np.zeros(self._plan.max_num_batched_tokens, np.int32), 0
         for chunk in step.chunks:
             following = chunk.seq.request.prompt_token_ids[chunk.start + 1 :][: chunk.count]
             target_T[t : t + len(following)] = following

@@ -6,6 +6,7 @@ which the device finished meanwhile.
 
 from collections import deque
 from collections.abc import Iterable
+from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
@@ -29,6 +30,22 @@ from xlinfer.progress import Progress
 from xlinfer.request import EngineStats, InvalidRequest, Request, TokenOutput
 
 STEPS_IN_FLIGHT = 2  # one runs while the next is scheduled
+
+
+@dataclass(frozen=True, kw_only=True)
+class Defaults:
+    """What an engine takes where its caller is silent, by kind of device."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    page_size: int
+    bucket_ratio: int
+
+
+# On CPU a step is bound by arithmetic, so a larger one gains nothing, and two cores compile the
+# programs, so there are few. Elsewhere pages are of the size that kernels copy at once.
+ON_CPU = Defaults(max_num_seqs=32, max_num_batched_tokens=512, page_size=16, bucket_ratio=4)
+ELSEWHERE = Defaults(max_num_seqs=128, max_num_batched_tokens=2048, page_size=64, bucket_ratio=2)
 CPU_CACHE_BYTES = 1 << 30  # the KV cache's budget where the memory is the host's
 
 
@@ -40,7 +57,8 @@ class Engine:
       mesh: the devices; by default those of the module's first parameter.
       max_model_len: tokens of a sequence, prompt and answer; by default the model's positions.
       max_num_seqs, max_num_batched_tokens: rows and tokens of one step.
-      page_size: tokens of a KV page.  num_pages: by default what the memory budget holds.
+      page_size: tokens of a KV page.  num_pages: by default what the memory budget holds, and
+        no more than all rows at full length need.
       hbm_utilization: fraction of the device's memory for weights, cache and temporaries; on
         CPU the cache's budget is 1 GiB instead.
       decode_window: most tokens a row gains in one device call while nobody waits.
@@ -58,9 +76,9 @@ class Engine:
         *,
         mesh: Mesh | None = None,
         max_model_len: int | None = None,
-        max_num_seqs: int = 64,
+        max_num_seqs: int | None = None,
         max_num_batched_tokens: int | None = None,
-        page_size: int = 16,
+        page_size: int | None = None,
         num_pages: int | None = None,
         hbm_utilization: float = 0.9,
         enable_prefix_caching: bool = True,
@@ -76,6 +94,13 @@ class Engine:
         params = tuple(leaves)
         mesh = mesh or _mesh_of(params)
         self.vocab_size: int = model.vocab_size  # type: ignore[attr-defined]
+        defaults = ON_CPU if mesh.devices.flat[0].platform == "cpu" else ELSEWHERE
+        max_num_seqs = defaults.max_num_seqs if max_num_seqs is None else max_num_seqs
+        page_size = defaults.page_size if page_size is None else page_size
+        if max_num_batched_tokens is None:
+            # Deterministic serving pays for the whole bucket at every step, so it is kept small.
+            most = 64 if deterministic else defaults.max_num_batched_tokens
+            max_num_batched_tokens = max(max_num_seqs, most)
         max_model_len = max_model_len or model.max_position_embeddings  # type: ignore[attr-defined]
         _check_length(model, max_model_len)
         spec = CacheSpec(
@@ -100,6 +125,7 @@ class Engine:
             decode_window=decode_window,
             max_logprobs=min(max_logprobs, self.vocab_size),
             deterministic=deterministic,
+            bucket_ratio=defaults.bucket_ratio,
         )
         programs = Programs(
             graph=graph, tree=self._tree, plan=self.plan, mesh=mesh, attention_impl="reference"

@@ -74,7 +74,9 @@ class Runner:
             )
             sampled = _asked(sampled, sample.wanted)
         if (target_T := self._batcher.targets(step)) is not None:
-            scores = self._run.score[tokens](self.params, hidden_TD, self._put(target_T))
+            scores = self._run.score(
+                self.params, hidden_TD, self._put(target_T), np.int32(step.num_tokens)
+            )
         return self._in_flight(step, sampled, scores)
 
     def _decode(self, step: Decode) -> InFlight:
