@@ -355,7 +355,7 @@ class TestAdvance:
         state = state._replace(done_Z=~np.array(live)[::-1])
         length_R = np.array([row.length for row in self.ROWS], np.int32)
         own = take(params, slot_R)
-        new = advance(state, own, slot_R, np.array(tokens, np.int32), length_R, np.array(live), ALL)
+        new = advance(state, own, slot_R, np.array(tokens, np.int32), length_R, np.array(live))
         by_row = lambda s: jax.tree.map(lambda x: np.asarray(x)[::-1], s)
         return by_row(state), by_row(new)
 
@@ -383,7 +383,7 @@ class TestAdvance:
         for i, token in enumerate(range(20)):
             state = advance(
                 state, params, slot_R, np.array([token % 7], np.int32),
-                np.array([row.length + i], np.int32), np.array([True]), ALL,
+                np.array([row.length + i], np.int32), np.array([True]),
             )  # fmt: skip
         _, fresh, _ = tables([replace(row, answer=tuple(t % 7 for t in range(20)))], 50)
         jax.tree.map(np.testing.assert_array_equal, state, fresh)

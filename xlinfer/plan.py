@@ -98,9 +98,11 @@ def make_plan(
 
 
 def _buckets(first: int, last: int, ratio: int, *, one: bool = False) -> tuple[int, ...]:
-    """From `last` down by `ratio`, then `first`, the two smallest at least `ratio` apart."""
+    """From `last` down by `ratio`, and `first`; the step to that may be ratio²/2, so that no
+    bucket is compiled for the sake of a few rows."""
+    if one or last <= first:
+        return (last,)
     sizes = [last]
-    while sizes[0] > first and not one:
-        smaller = sizes[0] // ratio
-        sizes.insert(0, smaller if smaller >= first * ratio else first)
-    return tuple(sizes)
+    while sizes[0] > first * ratio**2 / 2:
+        sizes.insert(0, sizes[0] // ratio)
+    return (first, *sizes)

@@ -78,7 +78,7 @@ class Sampled(NamedTuple):
     logprobs: Logprobs | None  # zeros unless wanted
 
 
-def pack(values: NamedTuple) -> np.ndarray:
+def pack(values: tuple) -> np.ndarray:
     """All of an input's integers as one int32 vector: one transfer a step."""
     leaves = jax.tree.leaves(values)
     return np.concatenate([np.asarray(x, np.int32).ravel() for x in leaves])

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from xlinfer.compile import use_compile_cache
 from xlinfer.engine.engine import Engine
+from xlinfer.plan import PlanError
 from xlinfer.request import InvalidRequest, Request, SamplingParams, TokenOutput
 from xlinfer.weights import load_model
 
@@ -308,3 +310,17 @@ def test_a_request_id_is_used_once(engine):
     with pytest.raises(InvalidRequest, match="in use"):
         engine.add_request(request("same", [6]))
     drain(engine)
+
+
+def test_a_compile_cache_others_could_write_to_is_refused(tmp_path):
+    own, shared = tmp_path / "own", tmp_path / "shared"
+    shared.mkdir(mode=0o777)
+    shared.chmod(0o777)
+    with pytest.raises(PlanError, match="chmod 700"):
+        use_compile_cache(shared)
+    try:
+        use_compile_cache(own)
+        assert own.stat().st_mode & 0o777 == 0o700
+        assert jax.config.jax_compilation_cache_dir == str(own)
+    finally:
+        jax.config.update("jax_compilation_cache_dir", None)

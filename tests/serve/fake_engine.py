@@ -10,7 +10,7 @@ from pathlib import Path
 from xlinfer.config import GenerationConfig
 from xlinfer.plan import Plan
 from xlinfer.request import EngineStats, InvalidRequest, Request, TokenLogprobs, TokenOutput
-from xlinfer.serve.build import Built
+from xlinfer.serve.build import Built, TokenEngine
 from xlinfer.serve.lifecycle import listen, new_http, new_server
 from xlinfer.serve.server import Server, ServerOptions
 from xlinfer.serve.tokenizer import Tokenizer
@@ -151,7 +151,7 @@ class RunningServer:
 
     def __init__(
         self,
-        engine: FakeEngine,
+        engine: TokenEngine,
         tokenizer: Tokenizer,
         *,
         generation: GenerationConfig | None = None,

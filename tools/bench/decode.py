@@ -19,15 +19,15 @@ from xlinfer.serve.build import DEMO_MODEL
 from xlinfer.weights import load_model
 
 PROMPT, ANSWER = 16, 128  # tokens
-STREAMS = (1, 8, 32, 64)
+STREAMS = (1, 8, 32)
 REPEATS = 5
 
 
 def main() -> dict:
     model = load_model(DEMO_MODEL)
     weight_bytes = sum(p.nbytes for p in jax.tree.leaves(nnx.state(model)))
-    copy = numpy_copy(threads=cores())
-    engine = Engine(model, max_num_seqs=max(STREAMS), max_num_batched_tokens=128)
+    copy = max(numpy_copy(threads=n) for n in range(1, cores() + 1))
+    engine = Engine(model)
     greedy = {n: tokens_per_second(engine, n, temperature=0.0) for n in STREAMS}
     seeded = tokens_per_second(engine, 32, temperature=1.0, seed=1)
     filtered = tokens_per_second(engine, 32, temperature=0.8, top_p=0.9, top_k=50, seed=1)

@@ -20,7 +20,7 @@ from xlinfer.engine.pages import PagePool
 from xlinfer.engine.runner import InFlight, Runner
 from xlinfer.engine.scheduler import Scheduler
 from xlinfer.engine.sequence import Sequence
-from xlinfer.engine.slots import check_request
+from xlinfer.engine.slots import check_request, stop_ids
 from xlinfer.kvcache import CacheSpec
 from xlinfer.mesh import make_mesh
 from xlinfer.models import check_model
@@ -155,6 +155,7 @@ class Engine:
             request=request,
             order=(request.priority, request.arrival_time, next(self._arrivals)),
             max_length=longest if most is None else min(len(prompt) + most, longest),
+            stop_ids=frozenset(stop_ids(request)),
             tokens=list(prompt),
         )
         self._sequences[request.request_id] = seq

@@ -2,10 +2,8 @@
 
 from xlinfer.engine.batch import wants_prompt_logprobs
 from xlinfer.engine.runner import InFlight
-from xlinfer.engine.scheduler import Forward, Scheduler
+from xlinfer.engine.scheduler import Chunk, Forward, Scheduler
 from xlinfer.engine.sequence import Sequence
-from xlinfer.engine.slots import stop_ids
-from xlinfer.programs import Sampled
 from xlinfer.request import FinishReason, TokenLogprobs, TokenOutput
 from xlinfer.sampling import Logprobs
 
@@ -30,62 +28,57 @@ class Outputs:
     def receive(self, done: InFlight, scheduler: Scheduler) -> list[Sequence]:
         """Give every sequence of the step its tokens; returns those that are finished."""
         sampled, scores = done.fetch()
-        finished = []
+        finished: list[Sequence | None] = []
         if isinstance(done.step, Forward):
             if scores is not None:
                 self._note_scores(done.step, scores)
-            row = 0
-            for chunk in done.step.chunks:
-                seq = chunk.seq
-                if chunk.samples:
-                    assert sampled is not None
-                    finished += self._give(seq, sampled, row, 1, scheduler)
-                    row += 1
-                elif seq.max_length == seq.num_prompt == chunk.start + chunk.count:
-                    finished += self._finish_scored(seq)
+            sampling = [chunk.seq for chunk in done.step.chunks if chunk.samples]
+            promised = [1] * len(sampling)
+            finished += [self._finish_scored(chunk) for chunk in done.step.chunks]
         else:
-            assert sampled is not None
-            for row, (seq, gain) in enumerate(zip(done.step.seqs, done.step.gains, strict=True)):
-                finished += self._give(seq, sampled, row, gain, scheduler)
-        return finished
+            sampling, promised = done.step.seqs, done.step.gains
+        if sampled is not None:
+            # As Python lists at once: an index into a numpy array costs as much as the rest.
+            counts, tokens = sampled.count_R.tolist(), sampled.token_WR.T.tolist()
+            for row, seq in enumerate(sampling):
+                if not seq.finished:
+                    scheduler.received(seq, tokens[row][: counts[row]], promised[row])
+                    finished.append(self._tell(seq, counts[row], sampled.logprobs, row))
+        return [seq for seq in finished if seq is not None]
 
-    def _give(
-        self, seq: Sequence, sampled: Sampled, row: int, promised: int, scheduler: Scheduler
-    ) -> list[Sequence]:
-        if seq.finished:
-            return []
-        count = int(sampled.count_R[row])
-        tokens = sampled.token_WR[:count, row].tolist()
-        first_news = len(seq.tokens) == seq.num_prompt
-        scheduler.received(seq, tokens, promised)
-        if not tokens:
-            return []
-        out = self._output(seq)
-        if first_news:
+    def _tell(
+        self, seq: Sequence, count: int, logprobs: Logprobs | None, row: int
+    ) -> Sequence | None:
+        """Pass on the newest `count` tokens; the sequence itself if they end it."""
+        if not count:
+            return None
+        out, tokens = self._output(seq), seq.tokens[-count:]
+        if len(seq.tokens) - count == seq.num_prompt:
             self.prompt_tokens += seq.num_prompt
-            out.prompt_logprobs = self._prompt_logprobs.pop(seq, None)
+            if seq.request.sampling.prompt_logprobs is not None:
+                out.prompt_logprobs = self._prompt_logprobs.pop(seq, [None])
         self.generation_tokens += count
         out.token_ids += tokens
-        if seq.request.sampling.logprobs is not None:
-            logprobs = sampled.logprobs
+        if (asked := seq.request.sampling.logprobs) is not None:
             assert logprobs is not None
-            asked = _at_most(seq.request.sampling.logprobs, logprobs)
             new = [
                 token_logprobs(logprobs, (w, row), token, asked) for w, token in enumerate(tokens)
             ]
             out.logprobs = (out.logprobs or []) + new
         out.finish_reason, out.stop_reason = _ending(seq)
-        return [seq] if out.finish_reason else []
+        return seq if out.finish_reason else None
 
-    def _finish_scored(self, seq: Sequence) -> list[Sequence]:
-        """A request for its prompt's log-probabilities alone has them."""
-        if seq.finished:
-            return []
+    def _finish_scored(self, chunk: Chunk) -> Sequence | None:
+        """The chunk's sequence, if it asked for its prompt's log-probabilities alone and now
+        has them."""
+        seq = chunk.seq
+        if seq.finished or not seq.max_length == seq.num_prompt == chunk.start + chunk.count:
+            return None
         out = self._output(seq)
         out.prompt_logprobs = self._prompt_logprobs.pop(seq, [None])
         out.finish_reason = "length"
         self.prompt_tokens += seq.num_prompt
-        return [seq]
+        return seq
 
     def _note_scores(self, step: Forward, scores: Logprobs) -> None:
         t = 0
@@ -95,7 +88,8 @@ class Outputs:
             if seq.finished or not wants_prompt_logprobs(chunk):
                 continue
             known = self._prompt_logprobs.setdefault(seq, [None])
-            asked = _at_most(seq.request.sampling.prompt_logprobs, scores)
+            asked = seq.request.sampling.prompt_logprobs
+            assert asked is not None
             end = min(chunk.start + chunk.count, seq.num_prompt - 1)
             # After a preemption the prompt is computed again; what is known stays.
             for position in range(max(chunk.start, len(known) - 1), end):
@@ -104,29 +98,26 @@ class Outputs:
 
     def _output(self, seq: Sequence) -> TokenOutput:
         request_id = seq.request.request_id
-        return self.ready.setdefault(
-            request_id, TokenOutput(request_id=request_id, num_cached_tokens=seq.num_cached or 0)
-        )
+        if (out := self.ready.get(request_id)) is None:
+            out = TokenOutput(request_id=request_id, num_cached_tokens=seq.num_cached or 0)
+            self.ready[request_id] = out
+        return out
 
 
 def token_logprobs(logprobs: Logprobs, at, token: int, asked: int) -> TokenLogprobs:
-    """The entry at index `at`, with the `asked` most likely tokens."""
+    """The entry at index `at`, with the `asked` most likely tokens; -1: all."""
+    most = logprobs.top_RQ.shape[-1] if asked == -1 else asked
     return TokenLogprobs(
-        token_ids=(token, *logprobs.top_token_RQ[at][:asked].tolist()),
-        logprobs=(float(logprobs.chosen_R[at]), *logprobs.top_RQ[at][:asked].tolist()),
+        token_ids=(token, *logprobs.top_token_RQ[at][:most].tolist()),
+        logprobs=(float(logprobs.chosen_R[at]), *logprobs.top_RQ[at][:most].tolist()),
         rank=int(logprobs.rank_R[at]),
     )
-
-
-def _at_most(asked: int | None, logprobs: Logprobs) -> int:
-    assert asked is not None
-    return logprobs.top_RQ.shape[-1] if asked == -1 else asked
 
 
 def _ending(seq: Sequence) -> tuple[FinishReason | None, int | None]:
     """finish_reason and stop_reason, by the newest token; None, None while it goes on."""
     last, request = seq.tokens[-1], seq.request
-    if last in stop_ids(request):
+    if last in seq.stop_ids:
         is_eos = last in request.eos_token_ids and not request.sampling.ignore_eos
         return "stop", None if is_eos else last
     if len(seq.tokens) >= seq.max_length:

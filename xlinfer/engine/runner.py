@@ -46,8 +46,8 @@ class Runner:
     ):
         self.params = params
         self._run, self._kv, self._plan, self._vocab_size = executables, kv, plan, vocab_size
-        self._whole = NamedSharding(mesh, PartitionSpec())
-        slots = jax.jit(empty_slots, static_argnums=(0, 1), out_shardings=self._whole)
+        whole = NamedSharding(mesh, PartitionSpec())
+        slots = jax.jit(empty_slots, static_argnums=(0, 1), out_shardings=whole)
         self._slots = slots(plan.max_num_seqs + 1, vocab_size)
         # Single-token rows have a cheaper path through attention, with other roundings; a plan
         # without decode programs wants one path for all.
@@ -63,26 +63,24 @@ class Runner:
             if chunk.admitted:
                 self._admit(chunk.seq)
         tokens = self._plan.token_bucket(step.num_tokens)
-        packed = self._put(pack(self._batcher.forward(step)))
+        packed = pack(self._batcher.forward(step))
         self._kv, hidden_TD, last_RD = self._run.forward[tokens](
             self.params, self._kv, self._slots, packed
         )
         sampled = scores = None
         if (sample := self._batcher.sample(step)) is not None:
             self._slots, sampled = self._run.sample[len(sample.slot_R)](
-                self.params, self._slots, last_RD, self._put(pack(sample))
+                self.params, self._slots, last_RD, pack(sample)
             )
             sampled = _asked(sampled, sample.wanted)
         if (target_T := self._batcher.targets(step)) is not None:
-            scores = self._run.score(
-                self.params, hidden_TD, self._put(target_T), np.int32(step.num_tokens)
-            )
+            scores = self._run.score(self.params, hidden_TD, target_T, np.int32(step.num_tokens))
         return self._in_flight(step, sampled, scores)
 
     def _decode(self, step: Decode) -> InFlight:
         x = self._batcher.decode(step)
         self._kv, self._slots, sampled = self._run.decode[len(x.slot_R)](
-            self.params, self._kv, self._slots, self._put(pack(x))
+            self.params, self._kv, self._slots, pack(x)
         )
         return self._in_flight(step, _asked(sampled, x.wanted), None)
 
@@ -100,9 +98,6 @@ class Runner:
             self._slots, np.int32(seq.held_slot), slot_params(seq, self._vocab_size, seq.seed),
             np.int32(seq.tokens[-1]), recent_tokens(seq), output_counts(seq, self._vocab_size),
         )  # fmt: skip
-
-    def _put(self, array: np.ndarray) -> jax.Array:
-        return jax.device_put(array, self._whole)
 
 
 def _asked(sampled: Sampled, wanted: Wanted) -> Sampled:

@@ -148,8 +148,10 @@ class Scheduler:
         if not seqs:
             return None
         steps = min(self.plan.decode_window, max(seq.remaining for seq in seqs))
-        while steps > 1 and self._lacking(seqs, steps) > self.pool.num_free:
-            steps //= 2
+        most = len(seqs) * self._pages_for(steps + self.plan.page_size)  # cheap, and mostly enough
+        if most > self.pool.num_free:
+            while steps > 1 and self._lacking(seqs, steps) > self.pool.num_free:
+                steps //= 2
         gains: dict[Sequence, int] = {}
         for seq in seqs:
             gain = min(steps, seq.remaining)

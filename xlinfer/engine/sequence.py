@@ -18,6 +18,7 @@ class Sequence:
     order: tuple  # smaller runs first and is preempted last
     max_length: int  # tokens at which the answer ends
     tokens: list[int]
+    stop_ids: frozenset[int] = frozenset()  # tokens that end the answer
     pending: int = 0  # sampled, value not known to the host yet
     computed: int = 0
     pages: list[int] = field(default_factory=list)

@@ -1,7 +1,5 @@
 """From a checkpoint folder to something that answers: the library and the server build alike."""
 
-import os
-import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,12 +71,13 @@ def build(options: EngineOptions, progress: Progress) -> Built:
     """Load, compile, ready. Raises ValueError or OSError saying which option is wrong."""
     # Late, so that a server answers /live while jax is still being imported.
     import converters
+    from xlinfer.compile import use_compile_cache
     from xlinfer.engine.engine import Engine
     from xlinfer.mesh import make_mesh
     from xlinfer.weights import load_model
 
     if options.compile_cache_dir is not None:
-        use_compile_cache(Path(options.compile_cache_dir))
+        use_compile_cache(options.compile_cache_dir)
     # The small files first: a missing tokenizer should not cost a load.
     checkpoint = converters.open_checkpoint(options.model)
     tokenizer = Tokenizer.open(
@@ -90,23 +89,3 @@ def build(options: EngineOptions, progress: Progress) -> Built:
     given = {name: value for name in _ENGINE if (value := getattr(options, name)) is not None}
     engine = Engine(module, mesh=mesh, progress=progress, **given)
     return Built(engine=engine, tokenizer=tokenizer, generation=checkpoint.generation)
-
-
-def use_compile_cache(folder: Path) -> None:
-    """Keep compiled programs in `folder` for the next start.
-
-    They are machine code that will be run, so the folder must be ours and nobody else may write
-    to it: otherwise ValueError. It is made if it is missing.
-    """
-    import jax
-
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    status = folder.stat()
-    if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise ValueError(
-            f"--compile_cache_dir={folder} must belong to you and be writable by nobody else "
-            "(chmod 700), because programs in it will be run."
-        )
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)

@@ -1,0 +1,50 @@
+"""The engine on two and four devices gives one device's tokens."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from xlinfer.engine.engine import Engine
+from xlinfer.mesh import make_mesh
+from xlinfer.request import Request, SamplingParams
+from xlinfer.weights import load_model
+
+GOLDENS = Path(__file__).parents[1] / "data" / "goldens"
+# Partial sums are added in another order on each number of devices: float32, logits of size 10.
+ATOL = 1e-4
+
+
+@pytest.mark.parametrize("devices", [2, 4])  # with 4 the two kv heads are replicated
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_sharded_equals_unsharded(family, devices):
+    golden = load_file(GOLDENS / family / "golden.safetensors")
+    prompts, want = golden["input_ids"].tolist(), golden["greedy"].tolist()
+    mesh = make_mesh(devices)
+    model = load_model(GOLDENS / family, mesh=mesh)
+    engine = Engine(
+        model, mesh=mesh, max_num_seqs=2, max_num_batched_tokens=32, max_model_len=64, page_size=4
+    )
+    greedy = SamplingParams(temperature=0, max_tokens=12, logprobs=0, prompt_logprobs=0)
+    for i, prompt in enumerate(prompts):
+        engine.add_request(
+            Request(request_id=str(i), prompt_token_ids=tuple(prompt), sampling=greedy)
+        )
+    tokens, scores = {"0": [], "1": []}, {}
+    while engine.has_work:
+        for out in engine.step():
+            tokens[out.request_id] += out.token_ids
+            if out.prompt_logprobs:
+                scores[out.request_id] = [e.logprobs[0] for e in out.prompt_logprobs if e]
+        engine.check()
+    assert [tokens["0"], tokens["1"]] == want
+
+    logits = golden["logits"].astype(np.float64)
+    all_logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    for i, prompt in enumerate(prompts):
+        expected = all_logprobs[i, np.arange(31), prompt[1:]]
+        np.testing.assert_allclose(scores[str(i)], expected, atol=ATOL)
+
+    kv = engine._runner._kv.k_LPKSH
+    assert kv.sharding.shard_shape(kv.shape)[2] == kv.shape[2] // devices, "the cache is split"
