@@ -4,6 +4,7 @@ import asyncio
 import json
 import socket
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import numpy as np
@@ -11,13 +12,14 @@ import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.end_to_end.conftest import MAX_MODEL_LEN, MAX_NUM_SEQS
+from tests.end_to_end.conftest import MAX_MODEL_LEN
 from tests.serve.fake_engine import RunningServer
 from xlinfer.serve.build import DEMO_NAME as MODEL
 
 # The engine's programs and the plain forward add in different orders, in float32.
 LOGPROB_ATOL = 1e-4
 MESSAGES = [{"role": "user", "content": "Write a function that adds two numbers"}]
+JSON = {"content-type": "application/json"}
 FIBONACCI = "def fibonacci(n):\n"
 # More than a second's work for any machine that runs this, in one request.
 ENDLESS = {"prompt": FIBONACCI, "n": 64, "max_tokens": 240, "temperature": 1, "ignore_eos": True}
@@ -93,7 +95,8 @@ def streamed(chunks) -> dict[int, str]:
     texts: dict[int, str] = {}
     for chunk in chunks:
         for choice in chunk.choices:
-            said = choice.delta.content if hasattr(choice, "delta") else choice.text
+            in_chat = chunk.object == "chat.completion.chunk"
+            said = choice.delta.content if in_chat else choice.text
             texts[choice.index] = texts.get(choice.index, "") + (said or "")
     return texts
 
@@ -232,10 +235,11 @@ def test_a_killed_client_frees_its_pages(server, http, engine, stream):
     body = json.dumps({**ENDLESS, "stream": stream}).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
     host, port = server.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port))) as client:
+    with socket.create_connection((host, int(port)), timeout=10) as client:
         client.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode() + body)
         if stream:
-            assert b"data: {" in client.recv(2048) + client.recv(2048)
+            with client.makefile("rb") as lines:
+                assert any(line.startswith(b"data: {") for line in lines)
         running = wait_until(http, lambda metrics: metrics["num_requests_running"] > 0)
         assert running["kv_cache_usage_perc"] > 0
     after = wait_until(http, lambda metrics: metrics.idle)
@@ -255,7 +259,6 @@ def test_a_full_queue_says_when_to_come_back(client, http):
         with pytest.raises(openai.RateLimitError, match="queue is full") as caught:
             greedy(client, ["a"] * 33)
         assert 1 <= int(caught.value.response.headers["retry-after"]) <= 60
-        assert caught.value.type and MAX_NUM_SEQS + 64 < 64 + 33
     wait_until(http, lambda metrics: metrics.idle)
     assert len(greedy(client, ["a"] * 33, 1).choices) == 33
 
@@ -270,6 +273,7 @@ POISON = [
     {"prompt": "x", "temperature": float("nan")},
     {"prompt": "x", "max_tokens": 0},
     {"prompt": "x", "logprobs": 4096},
+    {"prompt": "x", "bad_words": ["\n"]},
     {"prompt": ["fine", ""]},
     {"prompt": "x " * 100_000},
 ]
@@ -278,30 +282,30 @@ STRANGE = [
     {"prompt": "x", "temperature": 1e-4, "repetition_penalty": 1e-4, "seed": -(2**63)},
     {"prompt": "x", "temperature": 1e4, "top_p": 1e-9, "seed": 2**63 - 1},
     {"prompt": "x", "allowed_token_ids": [7], "logit_bias": {"7": -100}},
-    {"prompt": "x", "bad_words": ["x", "\n"], "min_p": 1.0, "logprobs": 20},
+    {"prompt": "x", "bad_words": ["x", " y"], "min_p": 1.0, "logprobs": 20},
     {"prompt": [0], "min_tokens": 8, "stop_token_ids": [202], "presence_penalty": 2},
 ]
 
 
-def test_poison_does_not_disturb_a_neighbour(client, http):
-    alone = greedy(client, FIBONACCI, 220, extra_body={"ignore_eos": True}).choices[0].text
-    stream = greedy(client, FIBONACCI, 220, extra_body={"ignore_eos": True}, stream=True)
+def test_poison_does_not_disturb_neighbours(client, http, heldout):
+    prompts = [heldout[at * 700 : at * 700 + 60] for at in range(8)]
+    asked = {"max_tokens": 200, "extra_body": {"ignore_eos": True}}
+    alone = {n: greedy(client, prompt, **asked).choices[0].text for n, prompt in enumerate(prompts)}
+    stream = greedy(client, prompts, stream=True, **asked)
     chunks = iter(stream)
-    seen = [next(chunks)]
-    for fields in POISON:
-        # The standard library writes NaN, which a careless client sends as well.
-        body = json.dumps({"model": MODEL, "max_tokens": 8, **fields})
-        answer = http.post(
-            "/v1/completions", content=body, headers={"content-type": "application/json"}
-        )
-        assert answer.status_code == 400, fields
-        assert answer.json()["error"]["message"]
-        seen += [next(chunks)]
-    for fields in STRANGE:
-        answer = http.post("/v1/completions", json={"model": MODEL, "max_tokens": 8, **fields})
-        assert answer.status_code == 200, (fields, answer.text)
-        assert answer.json()["usage"]["completion_tokens"] >= 1
-    assert streamed([*seen, *chunks]) == {0: alone}
+    first = next(chunks)
+    with ThreadPoolExecutor(1) as reader:
+        reading = reader.submit(lambda: streamed([first, *chunks]))
+        statuses = {400: POISON, 200: STRANGE}
+        while True:
+            for status, fields in ((s, fields) for s in statuses for fields in statuses[s]):
+                # The standard library writes NaN, which a careless client sends as well.
+                body = json.dumps({"model": MODEL, "max_tokens": 8, **fields})
+                answer = http.post("/v1/completions", content=body, headers=JSON)
+                assert answer.status_code == status, (fields, answer.text)
+            if reading.done():
+                break
+        assert reading.result() == alone
 
 
 def test_a_prompt_past_the_context_is_refused_in_vllms_words(client, tokenizer, heldout):

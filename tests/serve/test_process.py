@@ -15,9 +15,9 @@ import httpx
 import pytest
 
 from tests.serve.fake_engine import DATA
+from xlinfer.compile import use_compile_cache
 from xlinfer.progress import plain_progress, show_progress
 from xlinfer.serve.__main__ import engine_options, server_options_of
-from xlinfer.compile import use_compile_cache
 from xlinfer.serve.flags import UsageError, help_text, parse
 
 ROOT = Path(__file__).parents[2]
