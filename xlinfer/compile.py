@@ -28,16 +28,15 @@ from xlinfer.sampling import Slots, empty_slots
 @dataclass(frozen=True, kw_only=True)
 class Executables:
     forward: dict[int, Compiled]  # by token bucket
-    sample: dict[int, Compiled]  # by row bucket
     decode: dict[int, Compiled]  # by row bucket; empty without a decode window
+    sample: Compiled
     score: Compiled
     admit: Compiled
 
     @property
     def temp_bytes(self) -> int:
         """Of the hungriest program, per device, beside its arguments and results."""
-        programs = [*self.forward.values(), *self.sample.values(), *self.decode.values()]
-        programs.append(self.score)
+        programs = [*self.forward.values(), *self.decode.values(), self.sample, self.score]
         facts = [memory for p in programs if (memory := p.memory_analysis()) is not None]
         return max(memory.temp_size_in_bytes for memory in facts)
 
@@ -82,23 +81,21 @@ def compile_all(
         step, out = packed(decode_shapes(plan, rows)), (cache, whole, whole)
         run = partial(programs.decode, rows=rows)
         jobs["decode", rows] = Job(run, (params, kv, slots, step), (1, 2), out)
-    for rows in plan.sample_buckets:
-        step = packed(sample_shapes(rows))
-        run = partial(programs.sample, rows=rows)
-        jobs["sample", rows] = Job(run, (params, slots, last_RD, step), (1,), whole)
     for tokens in plan.token_buckets:
         step = packed(forward_shapes(plan, tokens))
         run = partial(programs.forward, tokens=tokens)
         out = (cache, whole, whole)
         jobs["forward", tokens] = Job(run, (params, kv, slots, step), (1,), out)
+    sample_in = packed(sample_shapes(plan))
+    jobs["sample", 0] = Job(programs.sample, (params, slots, last_RD, sample_in), (1,), whole)
     target_T, one = (jax.ShapeDtypeStruct(s, jnp.int32, sharding=whole) for s in ((largest,), ()))
     jobs["score", 0] = Job(programs.score, (params, states(largest), target_T, one), (), whole)
     jobs["admit", 0] = Job(programs.admit, _admit_args(slots, whole), (0,), whole)
     done = _compile_jobs(jobs, progress)
     of = lambda kind: {size: p for (name, size), p in done.items() if name == kind}
     return Executables(
-        forward=of("forward"), sample=of("sample"), decode=of("decode"), score=done["score", 0],
-        admit=done["admit", 0],
+        forward=of("forward"), decode=of("decode"), sample=done["sample", 0],
+        score=done["score", 0], admit=done["admit", 0],
     )  # fmt: skip
 
 

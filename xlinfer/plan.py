@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-SMALLEST_TOKEN_BUCKET = 32
+SMALLEST_TOKEN_BUCKET = 128  # a step of fewer tokens is bound by reading the weights
 
 
 class PlanError(ValueError):
@@ -18,7 +18,6 @@ class Plan:
     num_pages: int  # the padding's included
     token_buckets: tuple[int, ...]  # ascending; the last is max_num_batched_tokens
     decode_buckets: tuple[int, ...]  # rows, ascending; the last is max_num_seqs
-    sample_buckets: tuple[int, ...]  # rows, ascending: one, and max_num_seqs
     decode_window: int  # most tokens a row gains in one decode call; 0: decode rows go by forward
     max_logprobs: int  # most likely tokens reported beside the chosen one
 
@@ -55,9 +54,6 @@ class Plan:
     def decode_bucket(self, rows: int) -> int:
         return next(size for size in self.decode_buckets if size >= rows)
 
-    def sample_bucket(self, rows: int) -> int:
-        return next(size for size in self.sample_buckets if size >= rows)
-
 
 def pages_for(tokens: int, page_size: int) -> int:
     return -(-tokens // page_size)
@@ -90,8 +86,6 @@ def make_plan(
         num_pages=num_pages,
         token_buckets=_buckets(fewest, max_num_batched_tokens, bucket_ratio, one=deterministic),
         decode_buckets=() if deterministic else _buckets(1, max_num_seqs, bucket_ratio),
-        # Reading the head's weights costs the same for few rows as for many.
-        sample_buckets=_buckets(1, max_num_seqs, max_num_seqs, one=deterministic),
         decode_window=0 if deterministic else decode_window,
         max_logprobs=max_logprobs,
     )

@@ -1,8 +1,8 @@
 """The pure functions that get compiled; nothing else is.
 
 `forward` runs the model over a step's tokens (one program a token bucket), `sample` turns the
-last hidden states into tokens (one a row bucket), `decode` does both for several tokens on the
-device (one a row bucket), `score` gives log-probabilities of known tokens, `admit` sets a
+last hidden states into tokens, `decode` does both for several tokens on the device (one a row
+bucket), `score` gives log-probabilities of known tokens, `admit` sets a
 request's slot. Every step's small inputs travel as one int32 vector (`pack`).
 
 T tokens of the step   R rows   Z slots   M pages per row   V vocabulary   W decode window
@@ -110,8 +110,9 @@ def forward_shapes(plan: Plan, tokens: int) -> ForwardInput:
     )  # fmt: skip
 
 
-def sample_shapes(rows: int) -> SampleInput:
-    return SampleInput(_whole(rows), _whole(rows), _whole(rows), WANTED)
+def sample_shapes(plan: Plan) -> SampleInput:
+    one_R = _whole(plan.max_num_seqs)
+    return SampleInput(one_R, one_R, one_R, WANTED)
 
 
 def decode_shapes(plan: Plan, rows: int) -> DecodeInput:
@@ -158,11 +159,10 @@ class Programs:
         slots: Slots,
         hidden_RD: Float[Array, "R D"],
         packed: Int[Array, " n"],
-        *,
-        rows: int,
     ) -> tuple[Slots, Sampled]:
-        """One token for each row; padding rows' slot is the last, which nobody holds."""
-        x = unpack(packed, sample_shapes(rows))
+        """One token for each row; padding rows' slot is the last, which nobody holds. Reading
+        the head's weights costs the same for few rows as for many, so there is one size."""
+        x = unpack(packed, sample_shapes(self.plan))
         logits_RV = self._model(params).logits(hidden_RD[x.row_R][None])[0]
         chosen = take(slots.params, x.slot_R)
         live_R = ~slots.state.done_Z[x.slot_R]

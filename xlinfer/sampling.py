@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
@@ -81,23 +82,23 @@ class Logprobs(NamedTuple):
 
 
 def empty_slots(num_slots: int, vocab_size: int) -> Slots:
-    """All slots done; each is set by `admit` before it is used."""
+    """numpy arrays: all slots done; each is set by `admit` before it is used."""
     Z, v = num_slots, -(-vocab_size // 32)
-    real, whole = (lambda *s: jnp.zeros(s, jnp.float32)), (lambda *s: jnp.zeros(s, jnp.int32))
-    bits = lambda *s: jnp.zeros(s, jnp.uint32)
+    real = lambda fill, *shape: np.full((Z, *shape), fill, np.float32)
+    whole = lambda fill, *shape: np.full((Z, *shape), fill, np.int32)
+    bits = lambda fill, *shape: np.full((Z, *shape), fill, np.uint32)
     return Slots(
         SlotParams(
-            temperature_Z=real(Z), top_k_Z=whole(Z) + vocab_size, top_p_Z=real(Z) + 1,
-            min_p_Z=real(Z), presence_Z=real(Z), frequency_Z=real(Z), repetition_Z=real(Z) + 1,
-            seed_Z2=bits(Z, 2), min_length_Z=whole(Z), max_length_Z=whole(Z),
-            stop_ZE=whole(Z, STOP_IDS) + NO_TOKEN, bias_token_ZA=whole(Z, MAX_LOGIT_BIAS),
-            bias_ZA=real(Z, MAX_LOGIT_BIAS),
-            bad_words_ZBC=whole(Z, BAD_WORDS, BAD_WORD_LENGTH) + NO_TOKEN,
-            allowed_Zv=bits(Z, v) + jnp.uint32(2**32 - 1), prompt_Zv=bits(Z, v),
+            temperature_Z=real(0), top_k_Z=whole(vocab_size), top_p_Z=real(1), min_p_Z=real(0),
+            presence_Z=real(0), frequency_Z=real(0), repetition_Z=real(1), seed_Z2=bits(0, 2),
+            min_length_Z=whole(0), max_length_Z=whole(0), stop_ZE=whole(NO_TOKEN, STOP_IDS),
+            bias_token_ZA=whole(0, MAX_LOGIT_BIAS), bias_ZA=real(0, MAX_LOGIT_BIAS),
+            bad_words_ZBC=whole(NO_TOKEN, BAD_WORDS, BAD_WORD_LENGTH),
+            allowed_Zv=bits(2**32 - 1, v), prompt_Zv=bits(0, v),
         ),
         SlotState(
-            token_Z=whole(Z), done_Z=jnp.ones(Z, bool),
-            recent_ZC=whole(Z, BAD_WORD_LENGTH) + NO_TOKEN, output_count_ZV=whole(Z, vocab_size),
+            token_Z=whole(0), done_Z=np.ones(Z, bool),
+            recent_ZC=whole(NO_TOKEN, BAD_WORD_LENGTH), output_count_ZV=whole(0, vocab_size),
         ),
     )  # fmt: skip
 
@@ -112,13 +113,13 @@ def choose(
 ) -> Int[Array, " R"]:
     """The next token of each row, which stands at position `length_R`; `params` are the rows'
     own (see `take`), `state` is all slots'."""
-    x_RV = lax.cond(
-        wanted.constraints > 0, lambda x: _constrain(x, params, state, slot_R, length_R),
-        lambda x: x, logits_RV,
-    )  # fmt: skip
-    x_RV = lax.cond(
-        wanted.penalties > 0, lambda x: _penalize(x, params, state, slot_R), lambda x: x, x_RV
-    )
+
+    def adjust(x_RV):
+        x_RV = _constrain(x_RV, params, state, slot_R, length_R)
+        return _penalize(x_RV, params, state, slot_R)
+
+    adjusts = wanted.constraints + wanted.penalties > 0
+    x_RV = lax.cond(adjusts, adjust, lambda x: x, logits_RV)
     return lax.cond(
         wanted.random > 0, lambda x: _draw(x, params, length_R, wanted.filters), argmax, x_RV
     )

@@ -29,7 +29,6 @@ def make_plan(**changes) -> Plan:
         num_pages=128,
         token_buckets=(64,),
         decode_buckets=(8,),
-        sample_buckets=(8,),
         decode_window=1,
         max_logprobs=5,
     )

@@ -62,7 +62,7 @@ class Batcher:
         row_R = [r for r, chunk in enumerate(step.chunks) if chunk.samples]
         if not row_R:
             return None
-        rows = self._plan.sample_bucket(len(row_R))
+        rows = self._plan.max_num_seqs
         chunks = [step.chunks[r] for r in row_R]
         return SampleInput(
             self._slots([chunk.seq for chunk in chunks], rows),

@@ -47,8 +47,7 @@ class Runner:
         self.params = params
         self._run, self._kv, self._plan, self._vocab_size = executables, kv, plan, vocab_size
         whole = NamedSharding(mesh, PartitionSpec())
-        slots = jax.jit(empty_slots, static_argnums=(0, 1), out_shardings=whole)
-        self._slots = slots(plan.max_num_seqs + 1, vocab_size)
+        self._slots = jax.device_put(empty_slots(plan.max_num_seqs + 1, vocab_size), whole)
         # Single-token rows have a cheaper path through attention, with other roundings; a plan
         # without decode programs wants one path for all.
         self._batcher = Batcher(plan, decode_rows_apart=plan.decode_window > 0)
@@ -69,9 +68,7 @@ class Runner:
         )
         sampled = scores = None
         if (sample := self._batcher.sample(step)) is not None:
-            self._slots, sampled = self._run.sample[len(sample.slot_R)](
-                self.params, self._slots, last_RD, pack(sample)
-            )
+            self._slots, sampled = self._run.sample(self.params, self._slots, last_RD, pack(sample))
             sampled = _asked(sampled, sample.wanted)
         if (target_T := self._batcher.targets(step)) is not None:
             scores = self._run.score(self.params, hidden_TD, target_T, np.int32(step.num_tokens))
