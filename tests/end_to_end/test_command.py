@@ -73,9 +73,7 @@ def test_from_a_cold_start_to_a_drained_end(tmp_path):
         assert early.status_code == 503 and int(early.headers["retry-after"]) > 0
         wait_for_status(process, f"{url}/ready", 200, READY_S)
         said = log.read_text()
-        assert (
-            re.search(r"Loading weights: 14/14 MiB|Loading weights: .*100", said) or "Load" in said
-        )
+        assert re.search(r"Loading weights: (\d+)/\1 MiB", said)
         assert re.search(r"Compiling: (\d+)/\1 ", said)
         assert f"at {url}/v1 (2 sequences of up to 128 tokens)" in said
 
