@@ -33,13 +33,6 @@ class Executables:
     score: Compiled
     admit: Compiled
 
-    @property
-    def temp_bytes(self) -> int:
-        """Of the hungriest program, per device, beside its arguments and results."""
-        programs = [*self.forward.values(), *self.decode.values(), self.sample, self.score]
-        facts = [memory for p in programs if (memory := p.memory_analysis()) is not None]
-        return max(memory.temp_size_in_bytes for memory in facts)
-
 
 class Job(NamedTuple):
     run: Callable
