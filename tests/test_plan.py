@@ -18,32 +18,26 @@ def plan(**changes) -> Plan:
 
 def test_buckets_double_and_end_at_the_most():
     p = plan()
-    assert p.token_buckets == (100,)
+    assert p.token_buckets == (32, 50, 100)
     assert p.decode_buckets == (1, 2, 5, 10)
     p = plan(max_num_seqs=1, max_num_batched_tokens=5)
     assert (p.token_buckets, p.decode_buckets) == ((5,), (1,))
     p = plan(max_num_seqs=16, max_num_batched_tokens=1024)
-    assert p.token_buckets == (128, 256, 512, 1024)
+    assert p.token_buckets == (32, 64, 128, 256, 512, 1024)
     assert p.decode_buckets == (1, 2, 4, 8, 16)
 
 
 def test_a_larger_ratio_leaves_fewer_programs():
     p = plan(max_num_seqs=32, max_num_batched_tokens=512, bucket_ratio=4)
-    assert p.token_buckets == (128, 512)
+    assert p.token_buckets == (32, 128, 512)
     assert p.decode_buckets == (1, 8, 32)
 
 
 def test_the_smallest_bucket_that_holds_it():
     p = plan(max_num_batched_tokens=300)
-    assert p.token_buckets == (128, 150, 300)
-    assert [p.token_bucket(n) for n in (1, 128, 129, 150, 151, 300)] == [
-        128,
-        128,
-        150,
-        150,
-        300,
-        300,
-    ]
+    assert p.token_buckets == (32, 37, 75, 150, 300)
+    sizes = [p.token_bucket(n) for n in (1, 32, 33, 75, 76, 300)]
+    assert sizes == [32, 32, 37, 75, 150, 300]
     assert [p.decode_bucket(n) for n in range(1, 11)] == [1, 2, 5, 5, 5, 10, 10, 10, 10, 10]
 
 
@@ -51,7 +45,7 @@ def test_the_smallest_bucket_that_holds_it():
 @pytest.mark.parametrize("tokens", [100, 512, 1000])
 def test_at_most_half_of_a_step_is_padding(seqs, tokens):
     p = plan(max_num_seqs=seqs, max_num_batched_tokens=tokens)
-    assert all(p.token_bucket(n) < 2 * n for n in range(65, tokens + 1))
+    assert all(p.token_bucket(n) < 2 * n for n in range(17, tokens + 1))
     assert all(p.decode_bucket(n) < 2 * n for n in range(1, seqs + 1))
 
 

@@ -24,6 +24,10 @@ from xlinfer.programs import Programs, decode_shapes, forward_shapes, sample_sha
 from xlinfer.progress import Progress
 from xlinfer.sampling import Slots, empty_slots
 
+# On CPU a lower effort of LLVM's compiles a seventh faster and runs as fast: the time goes to
+# XLA's own products and to memory (docs/LOG.md).
+COMPILER_OPTIONS = {"cpu": {"xla_backend_optimization_level": 1}}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Executables:
@@ -84,7 +88,8 @@ def compile_all(
     target_T, one = (jax.ShapeDtypeStruct(s, jnp.int32, sharding=whole) for s in ((largest,), ()))
     jobs["score", 0] = Job(programs.score, (params, states(largest), target_T, one), (), whole)
     jobs["admit", 0] = Job(programs.admit, _admit_args(slots, whole), (0,), whole)
-    done = _compile_jobs(jobs, progress)
+    options = COMPILER_OPTIONS.get(programs.mesh.devices.flat[0].platform, {})
+    done = _compile_jobs(jobs, options, progress)
     of = lambda kind: {size: p for (name, size), p in done.items() if name == kind}
     return Executables(
         forward=of("forward"), decode=of("decode"), sample=done["sample", 0],
@@ -100,14 +105,16 @@ def _admit_args(slots: Slots, whole: NamedSharding) -> tuple:
     return slots, slot, row, slot, one(state.recent_ZC), one(state.output_count_ZV)
 
 
-def _compile_jobs(jobs: dict[tuple[str, int], Job], progress: Progress | None) -> dict:
+def _compile_jobs(
+    jobs: dict[tuple[str, int], Job], options: dict, progress: Progress | None
+) -> dict:
     workers = max(1, min(8, os.cpu_count() or 1))
     with ThreadPoolExecutor(workers, thread_name_prefix="xlinfer-compile") as pool:
         waiting = {}
         for key, job in jobs.items():
             jitted = jax.jit(job.run, donate_argnums=job.donated, out_shardings=job.placed)
             lowered = jitted.lower(*job.args)
-            waiting[key] = pool.submit(lowered.compile)
+            waiting[key] = pool.submit(lowered.compile, options)
         done = {}
         for i, (key, compiled) in enumerate(waiting.items()):
             done[key] = compiled.result()

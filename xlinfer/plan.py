@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-SMALLEST_TOKEN_BUCKET = 128  # a step of fewer tokens is bound by reading the weights
+SMALLEST_TOKEN_BUCKET = 32
 
 
 class PlanError(ValueError):

@@ -61,7 +61,8 @@ class Engine:
         no more than all rows at full length need.
       hbm_utilization: fraction of the device's memory for weights, cache and temporaries; on
         CPU the cache's budget is 1 GiB instead.
-      decode_window: most tokens a row gains in one device call while nobody waits.
+      decode_window: most tokens that one row alone gains in one device call while nobody waits;
+        rows that run together gain a quarter of it.
       deterministic: one program for every token, so a request's bits do not depend on load.
       seed: for requests that name none.
       progress: called as progress("compile", done, total).
@@ -82,7 +83,7 @@ class Engine:
         num_pages: int | None = None,
         hbm_utilization: float = 0.9,
         enable_prefix_caching: bool = True,
-        decode_window: int = 8,
+        decode_window: int = 32,
         deterministic: bool = False,
         max_logprobs: int = 20,
         seed: int = 0,
