@@ -145,6 +145,10 @@ def test_plans_that_cannot_work_are_refused_before_compiling(net):
         Engine(net, max_model_len=65)
     with pytest.raises(PlanError, match="hold one sequence"):
         Engine(net, num_pages=3, page_size=16)
+    with pytest.raises(PlanError, match="page_size must be at least 1"):
+        Engine(net, page_size=0)
+    with pytest.raises(PlanError, match="max_model_len must be at least 1"):
+        Engine(net, max_model_len=0)
     with pytest.raises(PlanError, match="hbm_utilization"):
         Engine(net, hbm_utilization=1.5)
 
