@@ -80,7 +80,7 @@ def net():
 
 @pytest.fixture(scope="module")
 def engine(net):
-    return Engine(net, max_num_seqs=2, max_num_batched_tokens=16, page_size=4)
+    return Engine(net, max_num_seqs=2, max_num_batched_tokens=16, page_size=4, decode_window=4)
 
 
 PROMPT = [7, 3, 9, 21, 4, 4, 30, 2, 11, 40, 13, 1, 8, 49, 5, 5, 6, 17, 0, 25]

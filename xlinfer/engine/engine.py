@@ -102,9 +102,9 @@ class Engine:
             # Deterministic serving pays for the whole bucket at every step, so it is kept small.
             most = 64 if deterministic else defaults.max_num_batched_tokens
             max_num_batched_tokens = max(max_num_seqs, most)
-        if max_model_len is None:
-            max_model_len = model.max_position_embeddings  # type: ignore[attr-defined]
-        _check_sizes(model, max_model_len, page_size)
+        positions: int = model.max_position_embeddings  # type: ignore[attr-defined]
+        max_model_len = positions if max_model_len is None else max_model_len
+        _check_sizes(positions, max_model_len, page_size)
         spec = CacheSpec(
             num_layers=model.num_layers,  # type: ignore[attr-defined]
             num_pages=num_pages or 0,
@@ -245,13 +245,13 @@ def _mesh_of(params: tuple[jax.Array, ...]) -> Mesh:
     return make_mesh(1, devices=sorted(sharding.device_set, key=lambda d: d.id)[:1])
 
 
-def _check_sizes(model: Any, max_model_len: int, page_size: int) -> None:
+def _check_sizes(positions: int, max_model_len: int, page_size: int) -> None:
     if page_size < 1:
         raise PlanError(f"page_size must be at least 1, got {page_size}.")
-    if max_model_len > model.max_position_embeddings:
+    if max_model_len > positions:
         raise PlanError(
             f"max_model_len={max_model_len} is past the model's max_position_embeddings="
-            f"{model.max_position_embeddings}; ask for at most that."
+            f"{positions}; ask for at most that."
         )
 
 
