@@ -1,0 +1,35 @@
+"""What is wrong with an argument, said by its name, its value and what is allowed.
+
+All raise ValueError, when a function is traced: nothing here looks at an array's contents.
+"""
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+
+def check_rank(name: str, x: Any, rank: int) -> None:
+    if x.ndim != rank:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}; it must have {rank} axes")
+
+
+def check_shape(name: str, x: Any, shape: Sequence[int], *, why: str) -> None:
+    if tuple(x.shape) != tuple(shape):
+        raise ValueError(f"{name} has shape {tuple(x.shape)}; it must be {tuple(shape)}: {why}")
+
+
+def check_dtype(name: str, x: Any, allowed: Collection[Any]) -> None:
+    names = [jnp.dtype(d).name for d in allowed]
+    if jnp.dtype(x.dtype).name not in names:
+        raise ValueError(f"{name} is {jnp.dtype(x.dtype).name}; it must be {' or '.join(names)}")
+
+
+def check_multiple(name: str, value: int, of: int, *, why: str) -> None:
+    if value % of:
+        raise ValueError(f"{name} is {value}; it must be a multiple of {of}: {why}")
+
+
+def check_one_of(name: str, value: Any, allowed: Collection[Any]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, allowed))}")
