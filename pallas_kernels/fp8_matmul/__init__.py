@@ -1,0 +1,114 @@
+"""Product of activations with FP8 weights under the scales that checkpoints have.
+
+M tokens   K inputs   N outputs   G groups of K under one scale   L layers of stacked weights
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float8e4m3fn, Int
+
+from pallas_kernels.checks import check_dtype, check_one_of, check_rank, check_shape
+from pallas_kernels.devices import Device, Impl, mosaic
+from pallas_kernels.fp8_matmul import (
+    mosaic_gpu,
+    mosaic_gpu_decode,
+    mosaic_tpu,
+    reference,
+    xla,
+)
+from pallas_kernels.fp8_matmul.reference import BLOCK, quantize_tokens
+
+__all__ = ["choose", "fp8_matmul", "quantize_tokens"]
+
+Tiles = mosaic_gpu.Tiles | mosaic_gpu_decode.Tiles | mosaic_tpu.Tiles
+
+
+def choose(device: Device, *, N: int, K: int, blocks: bool) -> Impl:
+    """What runs [N, K] weights there; `blocks` says that they have 128x128 scales.
+
+    The copy engine of a GPU needs K % 16 = 0 and N % 8 = 0; the reference takes the rest, which
+    no published checkpoint has.
+    """
+    if device.platform == "cpu":
+        return "reference"
+    if not blocks:
+        return "xla"
+    if device.platform == "cuda" and (K % 16 or N % 8):
+        return "reference"
+    return mosaic(device)
+
+
+def fp8_matmul(
+    x_MK: Float[Array, "M K"],
+    w_NK: Float8e4m3fn[Array, "*L N K"],
+    w_scale: Float[Array, "..."],
+    *,
+    x_scale: Float[Array, "*L"] | None = None,
+    layer: int | Int[Array, ""] | None = None,
+    device: Device,
+    impl: Impl | None = None,
+    interpret: Any = False,
+    tiles: Tiles | None = None,
+) -> Float[Array, "M N"]:
+    """x·wᵀ in x's dtype, from x rounded to e4m3 and summed in float32. x is bfloat16 or float16,
+    or float32 for the reference.
+
+    `w_scale`, float32, is one of
+        []                          of the whole tensor
+        [N]                         of each output channel
+        [ceil(N/128), ceil(K/128)]  of blocks of 128x128, the last ones partial
+    and says how x is rounded: `quantize_tokens` by token, or by token and 128 of K under block
+    scales. A checkpoint with one scale for x too, `x_scale`, has a whole-tensor `w_scale`.
+
+    With a `layer`, w_NK and the scales are stacked: [L, N, K] and so on. A kernel reads that
+    layer where it lies; a slice taken before the call would be a copy.
+
+    `tiles` overrides the tile choice of a Mosaic implementation. ValueError names the argument
+    that is wrong. A named `impl` never falls back to another.
+    """
+    check_rank("x_MK", x_MK, 2)
+    check_rank("w_NK", w_NK, 2 if layer is None else 3)
+    (M, K), N = x_MK.shape, w_NK.shape[-2]
+    stack = w_NK.shape[:-2]
+    check_dtype("x_MK", x_MK, ("bfloat16", "float16", "float32"))
+    check_dtype("w_NK", w_NK, ("float8_e4m3fn",))
+    check_shape("w_NK", w_NK, (*stack, N, K), why="x_MK has K inputs")
+    check_dtype("w_scale", w_scale, ("float32",))
+    scale_ndim = w_scale.ndim - len(stack)
+    check_one_of("w_scale.ndim", w_scale.ndim, [len(stack) + n for n in range(3)])
+    shape = ((), (N,), (-(-N // BLOCK), -(-K // BLOCK)))[scale_ndim]
+    why = "one scale a tensor, a channel or a 128x128 block"
+    check_shape("w_scale", w_scale, (*stack, *shape), why=why)
+    if x_scale is not None:
+        check_dtype("x_scale", x_scale, ("float32",))
+        check_shape("x_scale", x_scale, stack, why="it is one number for the whole tensor")
+        if scale_ndim:
+            raise ValueError(
+                f"x_scale is given with w_scale of shape {w_scale.shape}; it must be None: only "
+                "weights with one scale have activations with one"
+            )
+    blocks = scale_ndim == 2
+    impl = impl or choose(device, N=N, K=K, blocks=blocks)
+    check_one_of("impl", impl, ("reference", mosaic(device)) if blocks else ("reference", "xla"))
+    if impl in ("reference", "xla"):
+        if layer is not None:
+            w_NK, w_scale = w_NK[layer], w_scale[layer]
+            x_scale = None if x_scale is None else x_scale[layer]
+        matmul = reference.matmul if impl == "reference" else xla.matmul
+        return matmul(x_MK, w_NK, w_scale, x_scale)
+    check_dtype("x_MK", x_MK, ("bfloat16", "float16"))
+    if layer is None:
+        w_NK, w_scale = w_NK[None], w_scale[None]
+    layer = jnp.asarray(0 if layer is None else layer, jnp.int32)
+    how = {"device": device, "choice": tiles, "interpret": interpret}
+    if impl == "mosaic_tpu":
+        return mosaic_tpu.matmul(x_MK, w_NK, w_scale, layer, **how)
+    few = isinstance(tiles, mosaic_gpu_decode.Tiles) if tiles else _few(M, N, device)
+    kernel = mosaic_gpu_decode if few else mosaic_gpu
+    return kernel.matmul(x_MK, w_NK, w_scale, layer, **how)
+
+
+def _few(M: int, N: int, device: Device) -> bool:
+    """Whether weights should go first and K be cut: few tokens, or too few tiles for the chip."""
+    return M <= 64 or (M <= 512 and -(-M // 128) * -(-N // 128) < device.cores // 2)
