@@ -1,0 +1,65 @@
+"""The forms that weights come in: what their dtype and the shape of their scales say."""
+
+from typing import Literal, NamedTuple
+
+from pallas_kernels import checks
+
+BLOCK = 128  # of N and of K, under one scale of block e4m3
+GROUPS = (32, 64, 128)  # of K under one int4 scale; or all of K
+
+Kind = Literal["float", "int8", "int4", "fp8_tensor", "fp8_channel", "fp8_block"]
+
+
+class Form(NamedTuple):
+    kind: Kind
+    group: int  # input features under one scale
+
+    @property
+    def is_fp8(self) -> bool:
+        return self.kind.startswith("fp8")
+
+    @property
+    def scales_vary_over_k(self) -> bool:
+        return self.kind in ("int4", "fp8_block")
+
+
+def form_of(x_MK, w_ENK, scale, zero) -> Form:
+    """The form of checked weights; ValueError where scale or zero does not fit it."""
+    E, N, K = w_ENK.shape
+    name = w_ENK.dtype.name
+    if name != "uint4" and zero is not None:
+        raise ValueError(f"zero is given, but w_ENK is {name}; only uint4 has zeros")
+    if w_ENK.dtype == x_MK.dtype:
+        if scale is not None:
+            raise ValueError(f"scale is given, but w_ENK is {name}; it has none")
+        return Form("float", K)
+    if scale is None:
+        raise ValueError(f"scale is None; weights of {name} need one")
+    if name == "float8_e4m3fn":
+        checks.check_dtype("scale", scale, ("float32",))
+        blocks = (-(-N // BLOCK), -(-K // BLOCK))
+        forms: dict[int, tuple[Kind, int, tuple[int, ...]]] = {
+            1: ("fp8_tensor", K, (E,)),
+            2: ("fp8_channel", K, (E, N)),
+            3: ("fp8_block", BLOCK, (E, *blocks)),
+        }
+        if scale.ndim not in forms:
+            raise ValueError(f"scale has {scale.ndim} axes; e4m3 weights take 1, 2 or 3")
+        kind, group, shape = forms[scale.ndim]
+        checks.check_shape("scale", scale, shape, why=f"w_ENK is {tuple(w_ENK.shape)}")
+        return Form(kind, group)
+    checks.check_dtype("scale", scale, dict.fromkeys((x_MK.dtype.name, "float32")))
+    if name == "int8":
+        checks.check_shape("scale", scale, (E, N), why="one for each output channel")
+        return Form("int8", K)
+    checks.check_rank("scale", scale, 3)
+    G = scale.shape[1]
+    checks.check_shape("scale", scale, (E, G, N), why="groups of K before output channels")
+    if G == 0 or K % G or K // G not in (*GROUPS, K):
+        raise ValueError(f"scale has {G} groups for K = {K}; K/G must be 32, 64, 128 or K")
+    if (name == "uint4") != (zero is not None):
+        raise ValueError(f"zero is {None if zero is None else 'given'}; uint4 weights need one")
+    if zero is not None:
+        checks.check_shape("zero", zero, (E, G, N), why="every scale has a zero")
+        checks.check_dtype("zero", zero, (scale.dtype,))
+    return Form("int4", K // G)
