@@ -1,0 +1,161 @@
+"""Attention of whole rows to themselves: the first chunk of a prefill, a researcher's forward.
+
+B rows   T tokens of a row   N query heads   K kv heads   H head_dim of q and k   V of v and o
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.checks import check_dtype, check_one_of, check_rank, check_shape
+from pallas_kernels.devices import Device, Impl, mosaic
+from pallas_kernels.flash_attention import cudnn, mosaic_gpu, mosaic_tpu, reference
+
+__all__ = ["choose", "flash_attention"]
+
+Tiles = mosaic_gpu.Tiles | mosaic_tpu.Tiles
+HEAD_DIMS = (64, 80, 96, 128, 192, 256)  # that the kernels are tested with
+
+
+def choose(device: Device) -> Impl:
+    """What the op runs on a device: the Mosaic kernel, and the reference on CPU. cuDNN would need
+    a measurement that says so."""
+    return mosaic(device)
+
+
+def flash_attention(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BTKH: Float[Array, "B T K H"],
+    v_BTKV: Float[Array, "B T K V"],
+    *,
+    scale: float,
+    window: int | Int[Array, ""] | None,
+    causal: bool = True,
+    softcap: float | None = None,
+    sinks_N: Float[Array, " N"] | None = None,
+    alibi_N: Float[Array, " N"] | None = None,
+    lengths_B: Int[Array, " B"] | None = None,
+    device: Device,
+    impl: Impl | None = None,
+    interpret: Any = False,
+    tiles: Tiles | None = None,
+) -> Float[Array, "B T N V"]:
+    """softmax(q·k · scale)·v, each query head n with kv head n // (N/K), in q's dtype.
+
+    A query sees the keys up to itself, of those the `window` latest (an int, an int32 scalar, or
+    None for all), or with `causal=False` every key of its row. A logit s is scaled, becomes
+    softcap·tanh(s/softcap) where `softcap` is given, and gains alibi_N[n]·(key position - query
+    position), at most 0 for slopes above it. exp(sinks_N[n]) joins the softmax's denominator.
+    Sinks and slopes are float32; so is the softmax.
+
+    Row b has lengths_B[b] tokens (int32; None: all T). What follows is padding: finite, never
+    seen, and its outputs are zeros.
+
+    bfloat16 or float16, with float32 too as `reference` and `mosaic_tpu`. The kernels take H and
+    V of 64, 80, 96, 128, 192 and 256; `cudnn` takes neither softcap, sinks, slopes nor a traced
+    window. A named `impl` never falls back to another; ValueError names the argument at fault.
+
+    grad and jvp of `reference` are jax's own. A kernel's grad is the gradient of the reference at
+    the same arguments: right, O(T) in memory, and not fast; it has no jvp. vmap works for all,
+    the batch axis B being the better way for a kernel.
+    """
+    impl = impl or choose(device)
+    _check(q_BTNH, k_BTKH, v_BTKV, sinks_N, alibi_N, lengths_B)
+    _check_options(scale=scale, window=window, causal=causal, softcap=softcap)
+    check_one_of("impl", impl, _allowed(device))
+    H, V = q_BTNH.shape[-1], v_BTKV.shape[-1]
+    if impl in ("mosaic_gpu", "cudnn"):
+        check_dtype("q_BTNH", q_BTNH, ("bfloat16", "float16"))
+    if impl in ("mosaic_gpu", "mosaic_tpu"):
+        check_one_of("H", H, HEAD_DIMS)
+        check_one_of("V", V, HEAD_DIMS)
+    if impl == "cudnn":
+        wrong = cudnn.refusal(
+            H=H, V=V, window=window, softcap=softcap, sinks_N=sinks_N, alibi_N=alibi_N
+        )
+        if wrong is not None:
+            raise ValueError(wrong)
+        return cudnn.attend(
+            q_BTNH, k_BTKH, v_BTKV, scale=scale, causal=causal, window=window, lengths_B=lengths_B
+        )
+    constant = window is None or isinstance(window, int)
+    arrays = _Arrays(
+        q_BTNH, k_BTKH, v_BTKV, None if constant else window, sinks_N, alibi_N, lengths_B
+    )
+    options = {"scale": scale, "causal": causal, "softcap": softcap}
+
+    def run(attend, arrays: _Arrays, **how):
+        q, k, v, traced, *rest = arrays
+        rest = dict(zip(("sinks_N", "alibi_N", "lengths_B"), rest, strict=True))
+        return attend(q, k, v, window=window if constant else traced, **options, **rest, **how)
+
+    if impl == "reference":
+        return run(reference.attend, arrays)
+    kernel = mosaic_gpu if impl == "mosaic_gpu" else mosaic_tpu
+
+    @jax.custom_vjp
+    def attend(arrays: _Arrays):
+        how = {"device": device, "choice": tiles, "interpret": interpret}
+        return run(kernel.flash_attention, arrays, **how)
+
+    def backward(arrays: _Arrays, grad_BTNV):
+        return jax.vjp(lambda a: run(reference.attend, a), arrays)[1](grad_BTNV)
+
+    attend.defvjp(lambda arrays: (attend(arrays), arrays), backward)
+    return attend(arrays)
+
+
+class _Arrays(NamedTuple):
+    """Everything that may be traced; None where it is not given."""
+
+    q_BTNH: Any
+    k_BTKH: Any
+    v_BTKV: Any
+    window: Any
+    sinks_N: Any
+    alibi_N: Any
+    lengths_B: Any
+
+
+def _allowed(device: Device) -> tuple[Impl, ...]:
+    rivals: tuple[Impl, ...] = ("cudnn",) if device.platform == "cuda" else ()
+    return ("reference", *dict.fromkeys((mosaic(device), *rivals)))
+
+
+def _check(q_BTNH, k_BTKH, v_BTKV, sinks_N, alibi_N, lengths_B) -> None:
+    for name, x in (("q_BTNH", q_BTNH), ("k_BTKH", k_BTKH), ("v_BTKV", v_BTKV)):
+        check_rank(name, x, 4)
+        check_dtype(name, x, ("bfloat16", "float16", "float32"))
+    (B, T, N, H), K, V = q_BTNH.shape, k_BTKH.shape[2], v_BTKV.shape[3]
+    if T == 0:
+        raise ValueError(f"q_BTNH has shape {q_BTNH.shape}; it must have at least one token")
+    if K == 0 or N % K:
+        raise ValueError(f"N is {N}; it must be a multiple of K = {K}: kv heads are shared evenly")
+    check_shape("k_BTKH", k_BTKH, (B, T, K, H), why="it has q_BTNH's rows, tokens and head_dim")
+    check_shape("v_BTKV", v_BTKV, (B, T, K, V), why="it has k_BTKH's rows, tokens and heads")
+    for name, x in (("k_BTKH", k_BTKH), ("v_BTKV", v_BTKV)):
+        check_dtype(name, x, (q_BTNH.dtype,))
+    for name, x in (("sinks_N", sinks_N), ("alibi_N", alibi_N)):
+        if x is not None:
+            check_dtype(name, x, ("float32",))
+            check_shape(name, x, (N,), why="one number for each query head")
+    if lengths_B is not None:
+        check_dtype("lengths_B", lengths_B, ("int32",))
+        check_shape("lengths_B", lengths_B, (B,), why="one length for each row")
+
+
+def _check_options(*, scale, window, causal, softcap) -> None:
+    if not scale > 0:
+        raise ValueError(f"scale is {scale}; it must be above 0")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap is {softcap}; it must be above 0, or None")
+    if window is None:
+        return
+    if not causal:
+        raise ValueError(f"window is {window}; it must be None where causal is False")
+    if isinstance(window, int):
+        if window < 1:
+            raise ValueError(f"window is {window}; it must be at least 1: a query sees itself")
+    else:
+        check_dtype("window", window, ("int32",))
