@@ -15,6 +15,7 @@ STEPS = {
         "from importlinter.cli import lint_imports_command; lint_imports_command()",
     ],
     "size": [PYTHON, "-m", "tools.loc"],
+    "compiles": [PYTHON, "-m", "tools.aot", "--fast"],
     "tests": [PYTHON, "-m", "pytest"],
 }
 

@@ -1,0 +1,1 @@
+"""Compiles every kernel for devices that are not here, and checks what the compilers report."""
