@@ -1,0 +1,93 @@
+"""Matrix product with 4-bit integer weights in groups (GPTQ, AWQ): w = (q - zero) * scale.
+
+M tokens   K input features   N output features   G groups of K/G input features each
+L layers of stacked weights
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Integer
+
+from pallas_kernels.checks import check_dtype, check_one_of, check_rank, check_shape
+from pallas_kernels.devices import Device, Impl, mosaic
+from pallas_kernels.int4_matmul import mosaic_gpu, mosaic_tpu, reference
+
+GROUPS = (32, 64, 128)  # or all of K, a scale per output channel
+IMPLS: tuple[Impl, ...] = ("reference", "mosaic_gpu", "mosaic_tpu")
+NARROW = ("bfloat16", "float16")
+FLOATS = {"reference": (*NARROW, "float32"), "mosaic_gpu": NARROW, "mosaic_tpu": NARROW}
+
+
+def choose(device: Device) -> Impl:
+    """What `int4_matmul` runs on `device` unless told otherwise."""
+    return mosaic(device)
+
+
+def int4_matmul(
+    x_MK: Float[Array, "M K"],
+    w_NK: Integer[Array, "*L N K"],
+    scale_GN: Float[Array, "*L G N"],
+    zero_GN: Float[Array, "*L G N"] | None = None,
+    *,
+    layer: int | Int[Array, ""] | None = None,
+    device: Device,
+    impl: Impl | None = None,
+    tiles: Any = None,
+    interpret: Any = False,
+) -> Float[Array, "M N"]:
+    """x @ ((w - zero) * scale).T in x's dtype, summed in float32.
+
+    x is bfloat16 or float16, or float32 for the reference. w is int4 without zero, or uint4 with
+    zero; it stays packed, two in a byte, in device memory. scale has x's dtype or float32, zero
+    has scale's; row g of both belongs to input features [g*K/G, (g+1)*K/G), K/G being 32, 64, 128
+    or K. Other dtypes, ranks and sizes are a ValueError. `tiles` overrides the kernel's choice.
+
+    With a `layer`, w, scale and zero are stacked, [L, N, K] and so on, and a kernel reads that
+    layer where it lies; a slice taken before the call would be a copy.
+    """
+    check_rank("x_MK", x_MK, 2)
+    check_rank("w_NK", w_NK, 2 if layer is None else 3)
+    impl = impl or choose(device)
+    check_one_of("impl", impl, IMPLS)
+    check_dtype("x_MK", x_MK, FLOATS[impl])
+    check_dtype("w_NK", w_NK, ("int4",) if zero_GN is None else ("uint4",))
+    check_shape("x_MK", x_MK, (x_MK.shape[0], w_NK.shape[-1]), why="its columns are w_NK's")
+    if 0 in (*x_MK.shape, *w_NK.shape):
+        raise ValueError(f"x_MK is {x_MK.shape} and w_NK {w_NK.shape}; no axis may be 0 long")
+    check_scale("scale_GN", scale_GN, x_MK, w_NK)
+    if zero_GN is not None:
+        check_shape("zero_GN", zero_GN, scale_GN.shape, why="every scale has a zero")
+        check_dtype("zero_GN", zero_GN, (scale_GN.dtype,))
+    return run(
+        x_MK, w_NK, scale_GN, zero_GN, layer,
+        device=device, impl=impl, tiles=tiles, interpret=interpret,
+    )  # fmt: skip
+
+
+def check_scale(name: str, scale_GN, x_MK, w_NK) -> None:
+    """Groups of a size that the kernels know, of K and N as w_NK has them."""
+    check_rank(name, scale_GN, w_NK.ndim)
+    check_dtype(name, scale_GN, dict.fromkeys((x_MK.dtype.name, "float32")))
+    *L, N, K = w_NK.shape
+    G = scale_GN.shape[-2]
+    check_shape(name, scale_GN, (*L, G, N), why="its columns are w_NK's rows")
+    if G == 0 or K % G or K // G not in (*GROUPS, K):
+        raise ValueError(
+            f"{name} has {G} rows for K = {K}; K/G must be {', '.join(map(str, GROUPS))} or K"
+        )
+
+
+def run(x_MK, w, scale, zero, layer, *, device: Device, impl: Impl, tiles: Any, interpret: Any):
+    """The product by a named implementation, of arguments that are known to be right."""
+    if impl == "reference":
+        pick = lambda a: a if a is None or layer is None else a[layer]
+        return reference.matmul(x_MK, pick(w), pick(scale), pick(zero))
+    if layer is None:
+        layer = 0
+        w, scale, zero = w[None], scale[None], None if zero is None else zero[None]
+    kernel = {"mosaic_gpu": mosaic_gpu, "mosaic_tpu": mosaic_tpu}[impl]
+    return kernel.matmul(
+        x_MK, w, scale, zero, jnp.asarray(layer, jnp.int32)[None],
+        device=device, tiles=tiles, interpret=interpret,
+    )  # fmt: skip

@@ -1,0 +1,18 @@
+"""The definition of a matmul with grouped integer weights in plain jnp, and the CPU path."""
+
+import jax.numpy as jnp
+
+
+def dequantize(w_NK, scale_GN, zero_GN):
+    """(w - zero) * scale in float32; row g of scale and zero holds for columns g*K/G on."""
+    (N, K), G = w_NK.shape, scale_GN.shape[0]
+    w_NGk = w_NK.astype(jnp.float32).reshape(N, G, K // G)
+    if zero_GN is not None:
+        w_NGk = w_NGk - zero_GN.T[..., None].astype(jnp.float32)
+    return (w_NGk * scale_GN.T[..., None].astype(jnp.float32)).reshape(N, K)
+
+
+def matmul(x_MK, w_NK, scale_GN, zero_GN):
+    """x @ dequantize(w).T, summed in float32."""
+    w = dequantize(w_NK, scale_GN, zero_GN)
+    return jnp.einsum("MK,NK->MN", x_MK.astype(jnp.float32), w).astype(x_MK.dtype)
