@@ -8,7 +8,7 @@ from statistics import median
 MAX_FILE = 400  # lines
 BUDGET: dict[str, int | None] = {  # lines of a package; None bounds its files only
     "xlinfer": 9000,
-    "pallas_kernels": 3000,
+    "pallas_kernels": 10000,
     "converters": 3000,
     "tools": None,
     "tests": None,
