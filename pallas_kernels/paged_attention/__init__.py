@@ -1,45 +1,76 @@
 """Attention over a paged KV cache, for ragged batches of prefill chunks and decode rows.
 
-T tokens of the step, row after row   R rows (sequences)   N query heads   K kv heads
-G = N/K   H head_dim   L layers   P pages in the pool   S tokens per page   M pages per row
+The axes' letters and the cache's layouts are in layout.py.
 """
 
-from typing import Any, Literal, NamedTuple
+from importlib import import_module
+from types import ModuleType
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels import checks
+from pallas_kernels.devices import Device, Impl, mosaic
 from pallas_kernels.paged_attention import reference
+from pallas_kernels.paged_attention.layout import FP8, PackedPages, Pages, Ragged, Scales
 
-Impl = Literal["reference"]
+__all__ = [
+    "Impl", "PackedPages", "Pages", "Ragged", "Scales", "cache_shapes", "choose", "heads_axis",
+    "write_and_attend",
+]  # fmt: skip
+
+IMPLS: tuple[Impl, ...] = ("reference", "mosaic_gpu", "mosaic_tpu")
+QUERY_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
-class Pages(NamedTuple):
-    """The cache of all layers, in the reference layout: a token's heads lie `S` apart."""
+def choose(device: Device, *, page_size: int, head_dim: int, dtype: Any) -> Impl:
+    """What the op runs on `device` with a cache of these pages: the device's kernel if that takes
+    them, else the reference."""
+    impl = mosaic(device)
+    if impl == "reference":
+        return impl
+    refused = _kernel(impl).refuse(page_size=page_size, head_dim=head_dim, dtype=dtype)
+    return "reference" if refused else impl
 
-    k_LPKSH: Any  # a jax array, or what stands for one: a shape, a sharding
-    v_LPKSH: Any
+
+def cache_shapes(
+    impl: Impl,
+    *,
+    num_layers: int,
+    num_pages: int,
+    num_kv_heads: int,
+    page_size: int,
+    head_dim: int,
+    dtype: Any,
+) -> Pages | PackedPages:
+    """The cache that `impl` reads, as jax.ShapeDtypeStructs."""
+    checks.check_one_of("impl", impl, IMPLS)
+    shape = (num_layers, num_pages, num_kv_heads, page_size, head_dim)
+    if impl != "reference":
+        _refuse(impl, page_size=page_size, head_dim=head_dim, dtype=dtype)
+    if impl == "mosaic_tpu":
+        packed = _kernel(impl).cache_shape(
+            num_layers=num_layers, num_pages=num_pages, num_kv_heads=num_kv_heads,
+            page_size=page_size, head_dim=head_dim, dtype=dtype,
+        )  # fmt: skip
+        return PackedPages(jax.ShapeDtypeStruct(packed, dtype))
+    one = jax.ShapeDtypeStruct(shape, dtype)
+    return Pages(one, one)
 
 
-class Ragged(NamedTuple):
-    """Which tokens of the step belong to which row, and where each row's cache lies.
-
-    Row r's queries are tokens start_R[r] to start_R[r+1] of the step and the last ones of its
-    kv_len_R[r] cached tokens, this step's included. The first `num_decodes` rows have one query
-    each. Rows from `num_rows` on are padding, and so are tokens from start_R[num_rows] on.
-    """
-
-    pages_RM: Int[Array, "R M"]  # entries past a row's length may hold any page
-    kv_len_R: Int[Array, " R"]
-    start_R: Int[Array, " R+1"]
-    num_decodes: Int[Array, ""]
-    num_rows: Int[Array, ""]
+def heads_axis(impl: Impl) -> int:
+    """The axis of the cache's arrays that tensor parallelism splits."""
+    checks.check_one_of("impl", impl, IMPLS)
+    return {"reference": 2, "mosaic_gpu": 2, "mosaic_tpu": 3}[impl]
 
 
 def write_and_attend(
     q_TNH: Float[Array, "T N H"],
     k_TKH: Float[Array, "T K H"],
     v_TKH: Float[Array, "T K H"],
-    pages: Pages,
+    pages: Pages | PackedPages,
     layer: int | Int[Array, ""],
     page_T: Int[Array, " T"],
     slot_T: Int[Array, " T"],
@@ -48,20 +79,115 @@ def write_and_attend(
     window: int | Int[Array, ""],
     scale: float,
     decode_only: bool,
-    impl: Impl,
-) -> tuple[Float[Array, "T N H"], Pages]:
+    softcap: float | None = None,
+    sinks_N: Float[Array, " N"] | None = None,
+    alibi_N: Float[Array, " N"] | None = None,
+    kv_scales: Scales | None = None,
+    device: Device,
+    impl: Impl | None = None,
+    interpret: Any = False,
+) -> tuple[Float[Array, "T N H"], Pages | PackedPages]:
     """Write k and v of the step's tokens into `layer` of the cache, then attend to it.
 
     Token t goes to page page_T[t], slot slot_T[t]; padding tokens go to a page nobody reads.
-    Each query sees the `window` latest tokens up to itself; `scale` multiplies q·k, softmax is
-    float32. `decode_only` promises that every row has one query, token r being row r's.
-    Outputs of padding tokens are finite and meaningless. The cache is updated in place when
-    its buffers are donated. A named `impl` never falls back to another.
+    Each query sees the `window` latest tokens up to itself. A score is `scale` times q·k, in
+    float32, then softcap * tanh(score / softcap), then plus
+    alibi_N[n] * (key position - query position); exp(sinks_N[n]) joins the softmax's denominator.
+    `decode_only` promises that every row has one query, token r being row r's.
+
+    `pages` has the shapes of `cache_shapes(impl, ...)`, in q's dtype or float8_e4m3fn; an 8-bit
+    cache holds value / kv_scales, cut to ±448. It is updated in place when its buffers are
+    donated. Outputs of padding tokens are finite and meaningless.
+
+    `impl` None is `choose(device, ...)`; a named one never falls back to another. Raises
+    ValueError, naming the argument, for what does not fit or what `impl` does not take.
     """
-    match impl:
-        case "reference":
-            pages = Pages(*reference.write(k_TKH, v_TKH, *pages, layer, page_T, slot_T))
-            o_TNH = reference.attend(
-                q_TNH, *pages, layer, *ragged, window=window, scale=scale, decode_only=decode_only
-            )
-    return o_TNH, pages
+    dtype, page_size = jax.tree.leaves(pages)[0].dtype, jax.tree.leaves(pages)[0].shape[-2]
+    if isinstance(pages, PackedPages):
+        page_size = pages.kv_LPSCpH.shape[2]
+    if impl is None:
+        impl = choose(device, page_size=page_size, head_dim=q_TNH.shape[-1], dtype=dtype)
+    checks.check_one_of("impl", impl, IMPLS)
+    _check_step(q_TNH, k_TKH, v_TKH, page_T, slot_T, ragged, decode_only)
+    _check_options(q_TNH, k_TKH, dtype, scale, softcap, sinks_N, alibi_N, kv_scales)
+    _check_pages(impl, pages, q_TNH, k_TKH)
+    options: dict[str, Any] = {
+        "window": window, "scale": scale, "decode_only": decode_only, "softcap": softcap,
+        "sinks_N": sinks_N, "alibi_N": alibi_N, "kv_scales": kv_scales,
+    }  # fmt: skip
+    if impl == "reference" and isinstance(pages, Pages):  # _check_pages saw to that
+        pages = Pages(*reference.write(k_TKH, v_TKH, *pages, layer, page_T, slot_T, kv_scales))
+        return reference.attend(q_TNH, *pages, layer, *ragged, **options), pages
+    _refuse(impl, page_size=page_size, head_dim=q_TNH.shape[-1], dtype=dtype)
+    return _kernel(impl).write_and_attend(
+        q_TNH, k_TKH, v_TKH, pages, layer, page_T, slot_T, ragged,
+        **options, device=device, interpret=interpret,
+    )  # fmt: skip
+
+
+def _kernel(impl: Impl) -> ModuleType:
+    # Pallas takes a third of a second to import, and the reference needs none of it.
+    return import_module(f"pallas_kernels.paged_attention.{impl}")
+
+
+def _refuse(impl: Impl, **cache: Any) -> None:
+    if why := _kernel(impl).refuse(**cache):
+        raise ValueError(f"impl {impl} does not take this cache: {why}")
+
+
+def _check_step(q_TNH, k_TKH, v_TKH, page_T, slot_T, ragged: Ragged, decode_only: bool) -> None:
+    checks.check_rank("q_TNH", q_TNH, 3)
+    checks.check_rank("k_TKH", k_TKH, 3)
+    checks.check_dtype("q_TNH", q_TNH, QUERY_DTYPES)
+    (T, N, H), K = q_TNH.shape, k_TKH.shape[1]
+    checks.check_shape("k_TKH", k_TKH, (T, K, H), why="tokens and head_dim are those of q_TNH")
+    checks.check_shape("v_TKH", v_TKH, (T, K, H), why="it is shaped like k_TKH")
+    checks.check_multiple("N of q_TNH", N, K, why="every kv head serves as many query heads")
+    for name, x in (("page_T", page_T), ("slot_T", slot_T)):
+        checks.check_shape(name, x, (T,), why="one for each token of q_TNH")
+    checks.check_rank("pages_RM", ragged.pages_RM, 2)
+    R = ragged.pages_RM.shape[0]
+    checks.check_shape("kv_len_R", ragged.kv_len_R, (R,), why="one for each row of pages_RM")
+    checks.check_shape("start_R", ragged.start_R, (R + 1,), why="one more than rows of pages_RM")
+    if decode_only and T != R:
+        raise ValueError(f"decode_only is True for {T} tokens in {R} rows; each row has one query")
+
+
+def _check_options(q_TNH, k_TKH, dtype, scale, softcap, sinks_N, alibi_N, kv_scales) -> None:
+    if not scale > 0:
+        raise ValueError(f"scale is {scale}; it must be positive")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap is {softcap}; it must be positive, or None for none")
+    for name, x in (("sinks_N", sinks_N), ("alibi_N", alibi_N)):
+        if x is not None:
+            checks.check_shape(name, x, (q_TNH.shape[1],), why="one for each query head")
+            checks.check_dtype(name, x, (jnp.float32,))
+    if dtype not in (q_TNH.dtype, FP8):
+        raise ValueError(f"pages are {dtype}; they must be {q_TNH.dtype}, as q_TNH, or {FP8}")
+    if kv_scales is not None:
+        if dtype != FP8:
+            raise ValueError(f"kv_scales are given, but pages are {dtype}; only {FP8} has scales")
+        for name, x in zip(("kv_scales.k_K", "kv_scales.v_K"), kv_scales, strict=True):
+            checks.check_shape(name, x, (k_TKH.shape[1],), why="one for each kv head")
+            checks.check_dtype(name, x, (jnp.float32,))
+
+
+def _check_pages(impl: Impl, pages, q_TNH, k_TKH) -> None:
+    if impl == "mosaic_tpu":
+        if not isinstance(pages, PackedPages):
+            raise ValueError(f"pages is {type(pages).__name__}; impl {impl} takes PackedPages")
+        L, P, S = pages.kv_LPSCpH.shape[:3]
+        dtype = pages.kv_LPSCpH.dtype
+    else:
+        if not isinstance(pages, Pages):
+            raise ValueError(f"pages is {type(pages).__name__}; impl {impl} takes Pages")
+        checks.check_rank("pages.k_LPKSH", pages.k_LPKSH, 5)
+        L, P, _, S, _ = pages.k_LPKSH.shape
+        dtype = pages.k_LPKSH.dtype
+    want = cache_shapes(
+        impl, num_layers=L, num_pages=P, num_kv_heads=k_TKH.shape[1], page_size=S,
+        head_dim=q_TNH.shape[2], dtype=dtype,
+    )  # fmt: skip
+    for name, x, w in zip(pages._fields, pages, want, strict=True):
+        checks.check_shape(f"pages.{name}", x, w.shape, why="the cache_shapes of k_TKH and q_TNH")
+        checks.check_dtype(f"pages.{name}", x, (w.dtype,))

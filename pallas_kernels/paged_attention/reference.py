@@ -10,28 +10,47 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.paged_attention.layout import FP8
+
 BLOCK = 128  # cached tokens visited at once; 64 and 256 measured slower on CPU
 QUERIES = 64  # queries of one prefill block
 GROUP = 16  # decode rows that share a loop over blocks, and so its longest member's length
 MASKED = -1e30  # finite: exp(MASKED - MASKED) must not be nan
 
 
-def write(k_TKH, v_TKH, k_LPKSH, v_LPKSH, layer, page_T, slot_T):
+def write(k_TKH, v_TKH, k_LPKSH, v_LPKSH, layer, page_T, slot_T, kv_scales=None):
     """Put each token's k and v into its page and slot of `layer`."""
-    put = lambda cache, x: cache.at[layer, page_T, :, slot_T].set(
-        x.astype(cache.dtype), mode="promise_in_bounds"
-    )
+    put = lambda cache, x: cache.at[layer, page_T, :, slot_T].set(x, mode="promise_in_bounds")
+    k_TKH, v_TKH = stored(k_TKH, v_TKH, k_LPKSH.dtype, kv_scales)
     return put(k_LPKSH, k_TKH), put(v_LPKSH, v_TKH)
+
+
+def stored(k_TKH, v_TKH, dtype, kv_scales):
+    """k and v as a cache of `dtype` holds them."""
+    if dtype != FP8:
+        return k_TKH.astype(dtype), v_TKH.astype(dtype)
+    most = float(jnp.finfo(FP8).max)  # a cast turns what is larger into nan
+    cut = lambda x: jnp.clip(x, -most, most).astype(FP8)
+    k_TKH, v_TKH = k_TKH.astype(jnp.float32), v_TKH.astype(jnp.float32)
+    if kv_scales is not None:
+        k_TKH, v_TKH = k_TKH / kv_scales.k_K[None, :, None], v_TKH / kv_scales.v_K[None, :, None]
+    return cut(k_TKH), cut(v_TKH)
 
 
 def definition(
     q_TNH, k_LPKSH, v_LPKSH, layer, pages_RM, kv_len_R, start_R, num_decodes, num_rows, *,
-    window, scale,
+    window, scale, softcap=None, sinks_N=None, alibi_N=None, kv_scales=None,
 ):  # fmt: skip
     """Every token against every row's whole cache, masked to its own."""
     (T, N, H), (K, S), (R, M) = q_TNH.shape, k_LPKSH.shape[2:4], pages_RM.shape
-    gather = lambda cache: jnp.moveaxis(cache[layer, pages_RM], 2, 1).reshape(R, K, M * S, H)
-    k_RKnH, v_RKnH = (gather(c).astype(jnp.float32) for c in (k_LPKSH, v_LPKSH))
+    ones_K = jnp.ones(K, jnp.float32)
+
+    def gather(cache, scale_K):
+        x_RKnH = jnp.moveaxis(cache[layer, pages_RM], 2, 1).reshape(R, K, M * S, H)
+        return x_RKnH.astype(jnp.float32) * scale_K[None, :, None, None]
+
+    k_K, v_K = kv_scales or (ones_K, ones_K)
+    k_RKnH, v_RKnH = gather(k_LPKSH, k_K), gather(v_LPKSH, v_K)
     t_T, n = jnp.arange(T), jnp.arange(M * S)
     row_T = jnp.searchsorted(start_R, t_T, side="right") - 1
     row_T = jnp.minimum(row_T, R - 1)
@@ -39,15 +58,23 @@ def definition(
     q_TKGH = q_TNH.astype(jnp.float32).reshape(T, K, N // K, H)
     s_TKGn = jnp.einsum("TKGH,TKnH->TKGn", q_TKGH, k_RKnH[row_T]) * scale
     behind_Tn = pos_T[:, None] - n[None]
+    if softcap is not None:
+        s_TKGn = softcap * jnp.tanh(s_TKGn / softcap)
+    if alibi_N is not None:
+        s_TKGn -= alibi_N.reshape(1, K, -1, 1) * behind_Tn[:, None, None].astype(jnp.float32)
     seen_T11n = ((behind_Tn >= 0) & (behind_Tn < window))[:, None, None]
-    p_TKGn = jax.nn.softmax(s_TKGn, axis=-1, where=seen_T11n)
+    s_TKGn = jnp.where(seen_T11n, s_TKGn, -jnp.inf)
+    sink_TKG1 = jnp.full((T, K, N // K, 1), -jnp.inf)
+    if sinks_N is not None:
+        sink_TKG1 = jnp.broadcast_to(sinks_N.reshape(1, K, -1, 1), sink_TKG1.shape)
+    p_TKGn = jax.nn.softmax(jnp.concatenate([s_TKGn, sink_TKG1], -1), axis=-1)[..., :-1]
     o_TKGH = jnp.einsum("TKGn,TKnH->TKGH", p_TKGn, v_RKnH[row_T])
     return o_TKGH.reshape(T, N, H).astype(q_TNH.dtype)
 
 
 def attend(
     q_TNH, k_LPKSH, v_LPKSH, layer, pages_RM, kv_len_R, start_R, num_decodes, num_rows, *,
-    window, scale, decode_only,
+    window, scale, decode_only, softcap=None, sinks_N=None, alibi_N=None, kv_scales=None,
 ):  # fmt: skip
     """Equal to `definition` on every token that is not padding."""
     (T, N, H), (K, S), M = q_TNH.shape, k_LPKSH.shape[2:4], pages_RM.shape[1]
@@ -55,15 +82,21 @@ def attend(
     tail = -M % per_block
     pages_RM = jnp.pad(pages_RM, ((0, 0), (0, tail)))
     q_TKGH = (q_TNH.astype(jnp.float32) * scale).reshape(T, K, N // K, H)
+    if kv_scales is not None:
+        q_TKGH *= kv_scales.k_K[None, :, None, None]
     # A constant layer would make XLA copy that whole layer of the cache before it gathers.
     layer = lax.optimization_barrier(layer)
-    cache = (k_LPKSH, v_LPKSH, layer, per_block, window)
+    per_head = lambda x_N: None if x_N is None else x_N.reshape(K, N // K, 1, 1)
+    options = (window, softcap, per_head(sinks_N), per_head(alibi_N))
+    cache = (k_LPKSH, v_LPKSH, layer, per_block, options)
     o_TKGH = jnp.zeros(q_TKGH.shape, jnp.float32)
     o_TKGH = _decode_rows(o_TKGH, q_TKGH, cache, pages_RM, kv_len_R, num_decodes)
     if not decode_only:
         o_TKGH = _prefill_rows(
             o_TKGH, q_TKGH, cache, pages_RM, kv_len_R, start_R, num_decodes, num_rows
         )
+    if kv_scales is not None:
+        o_TKGH *= kv_scales.v_K[None, :, None, None]
     return o_TKGH.reshape(T, N, H).astype(q_TNH.dtype)
 
 
@@ -109,7 +142,7 @@ def _prefill_rows(o_TKGH, q_TKGH, cache, pages_RM, kv_len_R, start_R, num_decode
 def _blocks(q_rqKGH, pos_rq, cache, pages_rM):
     """Online softmax over the cached blocks of r rows with q queries each, at `pos_rq`;
     a negative position sees nothing and gives zeros."""
-    k_LPKSH, v_LPKSH, layer, per_block, window = cache
+    k_LPKSH, v_LPKSH, layer, per_block, (window, softcap, sinks_KG11, alibi_KG11) = cache
     (r, q, K, G, H), S = q_rqKGH.shape, k_LPKSH.shape[3]
     size = per_block * S
     q_rKGqH = jnp.moveaxis(q_rqKGH, 1, 3)
@@ -124,6 +157,10 @@ def _blocks(q_rqKGH, pos_rq, cache, pages_rM):
         k_rKnH, v_rKnH = fetch(k_LPKSH, page_rm), fetch(v_LPKSH, page_rm)
         s_rKGqn = jnp.einsum("rKGqH,rKnH->rKGqn", q_rKGqH, k_rKnH)
         behind_rqn = pos_rq[..., None] - (i * size + jnp.arange(size))[None, None]
+        if softcap is not None:
+            s_rKGqn = softcap * jnp.tanh(s_rKGqn / softcap)
+        if alibi_KG11 is not None:
+            s_rKGqn -= alibi_KG11[None] * behind_rqn[:, None, None].astype(jnp.float32)
         seen = ((behind_rqn >= 0) & (behind_rqn < window))[:, None, None]
         s_rKGqn = jnp.where(seen, s_rKGqn, MASKED)
         new_peak = jnp.maximum(peak, s_rKGqn.max(-1, keepdims=True))
@@ -132,11 +169,12 @@ def _blocks(q_rqKGH, pos_rq, cache, pages_rM):
         total = total * shrink + p_rKGqn.sum(-1, keepdims=True)
         return new_peak, total, o_rKGqH * shrink + jnp.einsum("rKGqn,rKnH->rKGqH", p_rKGqn, v_rKnH)
 
-    start = (
-        jnp.full((r, K, G, q, 1), MASKED),
-        jnp.zeros((r, K, G, q, 1)),
-        jnp.zeros((r, K, G, q, H)),
-    )
+    if sinks_KG11 is None:
+        peak, total = jnp.full((r, K, G, q, 1), MASKED), jnp.zeros((r, K, G, q, 1))
+    else:  # a sink is one more score, seen first, whose value is zero
+        peak = jnp.broadcast_to(sinks_KG11[None], (r, K, G, q, 1))
+        total = jnp.ones((r, K, G, q, 1))
+    start = (peak, total, jnp.zeros((r, K, G, q, H)))
     # Blocks wholly before every window, or past every position, are skipped.
     first = jnp.maximum(jnp.where(pos_rq >= 0, pos_rq - window + 1, 2**30).min(), 0) // size
     end = (pos_rq.max() + size) // size
