@@ -4,6 +4,7 @@ from typing import Literal, NamedTuple
 
 Platform = Literal["cpu", "cuda", "tpu"]
 Impl = Literal["reference", "mosaic_gpu", "mosaic_tpu", "xla", "cudnn"]
+MOSAIC: dict[Platform, Impl] = {"cpu": "reference", "cuda": "mosaic_gpu", "tpu": "mosaic_tpu"}
 MiB = 2**20
 
 
@@ -46,7 +47,7 @@ def device_of_kind(kind: str) -> Device:
 
 def mosaic(device: Device) -> Impl:
     """The Pallas implementation for a device; the reference on CPU."""
-    return {"cpu": "reference", "cuda": "mosaic_gpu", "tpu": "mosaic_tpu"}[device.platform]
+    return MOSAIC[device.platform]
 
 
 def check_runs(name: str, impl: str, device: Device) -> None:

@@ -1,5 +1,7 @@
 """What the Mosaic GPU kernels share: SMEM layouts for wgmma and the interpreter's detours."""
 
+from typing import Any
+
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -15,15 +17,16 @@ def swizzled(dtype, columns: int) -> tuple:
     for swizzle in (128, 64, 32):
         width = swizzle * 8 // bits
         if columns % width == 0:
-            return plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(swizzle)
+            tiles = plgpu.TilingTransform((8, width))  # pyright: ignore[reportAbstractUsage]
+            return tiles, plgpu.SwizzleTransform(swizzle)  # pyright: ignore[reportAbstractUsage]
     raise ValueError(f"columns is {columns}; it must be a multiple of {width} for {dtype}")
 
 
-def mma_from_registers(acc, a, b, detour=None):
+def mma_from_registers(acc, a, b, detour=None) -> Any:
     """acc + a @ b, a in registers. The interpreter knows neither register operands nor ACC.init,
     so while interpreting `a` goes through `detour`, an SMEM scratch of its shape and dtype."""
     if detour is None:
-        return pl.run_state(lambda ref: plgpu.wgmma(ref, a, b))(plgpu.ACC.init(acc))
+        return pl.run_state(lambda ref: plgpu.wgmma(ref, a, b))(ACC.init(acc))
     detour[...] = a
     plgpu.commit_smem()
 
@@ -31,7 +34,7 @@ def mma_from_registers(acc, a, b, detour=None):
         plgpu.wgmma(ref, detour, b)
         return ref[...]
 
-    return acc + pl.run_scoped(product, plgpu.ACC(acc.shape, jnp.float32))
+    return acc + pl.run_scoped(product, ACC(acc.shape, jnp.float32))
 
 
 def accumulate_from_registers(acc_ref, a, b, detour=None):

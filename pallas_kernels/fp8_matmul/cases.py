@@ -24,8 +24,8 @@ class Case(NamedTuple):
     N: int
     K: int
     scales: Scales = "block"  # "static": of the tensor, and one of x beside it
-    layers: int | None = None  # of a stack, whose last is multiplied by
     dtype: str = "bfloat16"
+    layers: int | None = None  # of a stack, whose last is multiplied by
     # Tiles of the kernels where a small case would not reach a feature by itself.
     gpu: mosaic_gpu.Tiles | mosaic_gpu_decode.Tiles | None = None
     tpu: mosaic_tpu.Tiles | None = None

@@ -73,8 +73,9 @@ def grouped_matmul(
         form = check(x_MK, one(w_ENK), group_sizes_E, one(scale), one(zero))
         # The layers' experts in one row: a layer's begin at `base`.
         base = jnp.asarray(layer, jnp.int32) * w_ENK.shape[1]
-        row = lambda a: None if a is None else a.reshape(-1, *a.shape[2:])
-        w_ENK, scale, zero = row(w_ENK), row(scale), row(zero)
+        in_a_row = lambda a: a.reshape(-1, *a.shape[2:])
+        w_ENK = in_a_row(w_ENK)
+        scale, zero = (None if a is None else in_a_row(a) for a in (scale, zero))
     impl = impl or choose(device)
     checks.check_one_of("impl", impl, IMPLS)
     if impl == "reference":

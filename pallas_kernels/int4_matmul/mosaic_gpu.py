@@ -186,7 +186,7 @@ def kernel(t: Tiles, x_MK, w_LNK, scale_LGN, zero_LGN, layer_1, *, interpret):
                             scale = row_of(sz_s[0], slot, g, acc)
                             x = x_s.at[slot, :, columns]
                             p = mma_from_registers(zeros(), w, x.T, detour)
-                            acc = acc + jnp.multiply(p, over(scale, p))
+                            acc = acc + p * over(scale, p)
                     plgpu.barrier_arrive(free.at[slot])
                     return acc
 

@@ -2,25 +2,34 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from harness import assert_close, check_case
 
 from pallas_kernels.devices import DEVICES
 from pallas_kernels.grouped_matmul import check, choose, grouped_matmul, reference
 from pallas_kernels.grouped_matmul.cases import CASES, F32, MODEL_CASES, call, impls, inputs, work
 from pallas_kernels.grouped_matmul.metadata import most_tiles, row_tiles, tile_visits
+from tests.kernels.harness import assert_close, check_case, once
 
 CPU, GPU, TPU = (DEVICES[name] for name in ("cpu", "h200", "v6e"))
 ids = lambda case: case.name
+# Every kind of weights and every shape of tile once; the others are slow.
+QUICK = (
+    *("ragged", "quarters", "no_rows", "float32", "int8", "int4_128", "fp8_channel", "fp8_block"),
+    *("int4_of_a_stack", "uint4_32"),
+)
 
 
 def on(device):
     best = choose(device)
-    return [case for case in CASES if best in impls(case, device)]
+    return [
+        pytest.param(case, marks=[] if case.name in QUICK else [pytest.mark.slow])
+        for case in CASES
+        if best in impls(case, device)
+    ]
 
 
 @pytest.mark.parametrize("case", CASES, ids=ids)
 def test_the_reference_equals_the_definition(case, keys):
-    args = jax.jit(lambda key: inputs(case, key, "reference"))(next(keys))
+    args = once(lambda key: inputs(case, key, "reference"))(next(keys))
     got = jax.jit(call(case, "reference", CPU))(*args)
     if case.layers:  # the last of the stack's
         x, w, sizes, *scales = args

@@ -1,3 +1,5 @@
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -95,7 +97,7 @@ WRONG = {
 @pytest.fixture
 def unchecked():
     """The function without jaxtyping's own checks, as users have it."""
-    return int4_matmul.__wrapped__ if hasattr(int4_matmul, "__wrapped__") else int4_matmul
+    return inspect.unwrap(int4_matmul)
 
 
 @pytest.mark.parametrize("message", WRONG)
@@ -136,6 +138,7 @@ def test_a_named_implementation_refuses_what_it_does_not_take(case, device, impl
     ],
 )
 def test_wrong_tiles_are_named(change, message, keys):
+    assert PLAIN.gpu_tiles is not None
     case = PLAIN._replace(gpu_tiles=PLAIN.gpu_tiles._replace(**change))
     args = jax.eval_shape(lambda key: inputs(case, key, "mosaic_gpu"), next(keys))
     with pytest.raises(ValueError, match=message):
