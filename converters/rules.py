@@ -1,8 +1,8 @@
 """Which tensors of a checkpoint make which parameter, as data; proven before any is read. No jax.
 
 A row reads like the table in a paper: target, source, and `axes`, the way from the source's
-axes to the target's: "(N H) D -> D N H" splits the source's first axis into heads and head_dim
-and moves D to the front. The letters:
+axes to the target's: "(K H) -> K H" splits the source's one axis into kv heads and head_dim, and
+"(N H) D -> D (N H)" moves D to the front. The letters:
 
 D hidden  F ffw hidden  N query heads  K kv heads  H head_dim  V vocabulary
 """
@@ -18,7 +18,7 @@ from converters.formats.safetensors import TensorInfo
 from xlinfer.config import ModelConfig
 
 STACKED = "layers"  # the first name of a target that has one source a layer
-Axes = tuple[tuple[str, ...], ...]  # one group of letters for each axis of the source
+Axes = tuple[tuple[str, ...], ...]  # one group of letters for each axis
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,9 @@ class Row:
 class Layout:
     """The way from a source's axes to its target's. Rules of one layout share one program."""
 
-    source_axes: tuple[tuple[str, ...], ...]  # one group of letters for each axis
-    sizes: tuple[int, ...]  # of those letters, groups opened
-    target_axes: tuple[str, ...]  # without the layers
+    source_axes: Axes
+    sizes: tuple[int, ...]  # of the source's letters, groups opened
+    target_axes: Axes  # without the layers
     kv_replicas: int  # how often each kv head (K) stands in the target
 
 
@@ -74,25 +74,29 @@ def expand(rows: Iterable[Row], config: ModelConfig, kv_replicas: int = 1) -> tu
 
 
 def _rule(row: Row, layers: int, sizes: Mapping[str, int], kv_replicas: int) -> Rule:
-    left, right = row.axes.split(" -> ")
-    groups = tuple(tuple(group.strip("()").split()) for group in re.findall(r"\([^)]*\)|\w", left))
-    target_axes = tuple(right.split())
+    source_axes, target_axes = map(_groups, row.axes.split(" -> "))
     path = tuple(row.target.split("."))
     stacked = path[0] == STACKED
-    shape = tuple(sizes[axis] * (kv_replicas if axis == "K" else 1) for axis in target_axes)
+    repeated = {**sizes, "K": sizes["K"] * kv_replicas}
+    shape = tuple(math.prod(repeated[axis] for axis in group) for group in target_axes)
     names = range(layers) if stacked else range(1)
     return Rule(
         target=path,
         shape=(layers, *shape) if stacked else shape,
         sources=tuple(row.source.format(layer=layer) for layer in names),
-        source_shape=tuple(math.prod(sizes[axis] for axis in group) for group in groups),
+        source_shape=tuple(math.prod(sizes[axis] for axis in group) for group in source_axes),
         layout=Layout(
-            source_axes=groups,
-            sizes=tuple(sizes[axis] for group in groups for axis in group),
+            source_axes=source_axes,
+            sizes=tuple(sizes[axis] for group in source_axes for axis in group),
             target_axes=target_axes,
             kv_replicas=kv_replicas,
         ),
     )
+
+
+def _groups(axes: str) -> Axes:
+    """ "(N H) D" as (("N", "H"), ("D",))."""
+    return tuple(tuple(group.strip("()").split()) for group in re.findall(r"\([^)]*\)|\w", axes))
 
 
 def schedule(

@@ -72,7 +72,7 @@ def test_an_artifact_is_a_checkpoint_with_all_its_files(source, artifact):
     assert not (artifact / "pytorch_model.bin").exists()
     assert os.listdir(artifact.parent) == ["artifact"]  # no draft stays behind
     manifest = json.loads((artifact / "xlinfer.json").read_text())
-    assert manifest["format_version"] == 1 and manifest["dtype"] == "bfloat16"
+    assert manifest["format_version"] == 2 and manifest["dtype"] == "bfloat16"
     assert len(manifest["source_sha256"]["model.safetensors"]) == 64
     assert manifest["parameters"]["embed_VD"] == {"shape": [64, 16], "dtype": "bfloat16"}
 
@@ -86,8 +86,8 @@ def test_an_artifact_loads_onto_any_mesh(source, artifact, devices):
     for name, array in b.items():
         assert a[name].dtype == np.float32  # auto, on CPU
         np.testing.assert_array_equal(a[name], array, err_msg=name)
-    k = got.layers.attn.k_DKH.get_value()
-    assert k.sharding.is_equivalent_to(want.layers.attn.k_DKH.get_value().sharding, k.ndim)
+    k = got.layers.attn.k_D_KH.get_value()
+    assert k.sharding.is_equivalent_to(want.layers.attn.k_D_KH.get_value().sharding, k.ndim)
     tokens = jnp.arange(6)[None]
     np.testing.assert_array_equal(got(tokens), want(tokens))
 
@@ -159,9 +159,9 @@ def test_help_and_no_traceback():
 def test_other_versions_are_refused(damaged):
     path = damaged / "xlinfer.json"
     manifest = json.loads(path.read_text())
-    for version in (0, 2, "1", None):
+    for version in (0, 1, "1", None):
         path.write_text(json.dumps({**manifest, "format_version": version}))
-        with pytest.raises(CheckpointError, match=f"format_version is {version!r}; .* reads 1"):
+        with pytest.raises(CheckpointError, match=f"format_version is {version!r}; .* reads 2"):
             load_model(damaged)
     del manifest["format_version"]
     path.write_text(json.dumps(manifest))

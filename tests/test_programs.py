@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from pallas_kernels.devices import DEVICES
 from xlinfer.kvcache import CacheSpec
 from xlinfer.mesh import make_mesh
 from xlinfer.plan import make_plan
@@ -38,7 +39,10 @@ def programs_for(model, **sizes) -> tuple[Programs, tuple]:
         max_logprobs=5, deterministic=False, **sizes,
     )  # fmt: skip
     mesh = make_mesh(1)
-    made = Programs(graph=graph, tree=tree, plan=plan, mesh=mesh, attention_impl="reference")
+    made = Programs(
+        graph=graph, tree=tree, plan=plan, mesh=mesh, device=DEVICES["cpu"],
+        attention_impl="reference",
+    )  # fmt: skip
     return made, tuple(leaves)
 
 
@@ -71,7 +75,7 @@ def test_the_cache_is_the_same_array_after_a_step():
         programs, params = programs_for(net, max_num_batched_tokens=32)
         spec = CacheSpec(
             num_layers=2, num_pages=4000, num_kv_heads=4, page_size=4, head_dim=8,
-            dtype=jnp.float32,
+            dtype=jnp.float32, impl="reference",
         )  # fmt: skip
         kv = spec.abstract(programs.mesh)
         slots = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, empty_slots(5, 50)))

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.stages import Compiled
 
-from pallas_kernels.paged_attention import Pages
+from xlinfer.kvcache import Cache
 from xlinfer.plan import PlanError
 from xlinfer.programs import Programs, decode_shapes, forward_shapes, sample_shapes
 from xlinfer.progress import Progress
@@ -46,13 +46,28 @@ class Job(NamedTuple):
 
 
 def compile_all(
-    programs: Programs, params: tuple, vocab_size: int, kv: Pages, progress: Progress | None
+    programs: Programs, params: tuple, vocab_size: int, kv: Cache, progress: Progress | None
 ) -> Executables:
     """Compile for the mesh the parameters live on; `params` and `kv` may be abstract.
 
     Lowering holds Python's lock and compiling does not, so one thread lowers while the others
     compile. `progress("compile", done, total)` is called after each program.
     """
+    jobs = jobs_of(programs, params, vocab_size, kv)
+    options = COMPILER_OPTIONS.get(programs.mesh.devices.flat[0].platform, {})
+    done = _compile_jobs(jobs, options, progress)
+    of = lambda kind: {size: p for (name, size), p in done.items() if name == kind}
+    return Executables(
+        forward=of("forward"), decode=of("decode"), sample=done["sample", 0],
+        score=done["score", 0], admit=done["admit", 0],
+    )  # fmt: skip
+
+
+def jobs_of(
+    programs: Programs, params: tuple, vocab_size: int, kv: Cache
+) -> dict[tuple[str, int], Job]:
+    """Every program of the plan by name and bucket (0 where there is one), with abstract
+    arguments placed on the programs' mesh, which need not be here."""
     plan, whole = programs.plan, NamedSharding(programs.mesh, PartitionSpec())
     place = lambda tree: jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), tree
@@ -72,7 +87,7 @@ def compile_all(
     )
     last_RD = states(plan.max_num_seqs)
 
-    cache = kv.k_LPKSH.sharding
+    cache = jax.tree.map(lambda x: x.sharding, kv)
     jobs: dict[tuple[str, int], Job] = {}
     for rows in plan.decode_buckets:
         step, out = packed(decode_shapes(plan, rows)), (cache, whole, whole)
@@ -88,13 +103,7 @@ def compile_all(
     target_T, one = (jax.ShapeDtypeStruct(s, jnp.int32, sharding=whole) for s in ((largest,), ()))
     jobs["score", 0] = Job(programs.score, (params, states(largest), target_T, one), (), whole)
     jobs["admit", 0] = Job(programs.admit, _admit_args(slots, whole), (0,), whole)
-    options = COMPILER_OPTIONS.get(programs.mesh.devices.flat[0].platform, {})
-    done = _compile_jobs(jobs, options, progress)
-    of = lambda kind: {size: p for (name, size), p in done.items() if name == kind}
-    return Executables(
-        forward=of("forward"), decode=of("decode"), sample=done["sample", 0],
-        score=done["score", 0], admit=done["admit", 0],
-    )  # fmt: skip
+    return jobs
 
 
 def _admit_args(slots: Slots, whole: NamedSharding) -> tuple:

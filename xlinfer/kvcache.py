@@ -16,11 +16,20 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
-from pallas_kernels.paged_attention import Impl, Pages, Ragged, write_and_attend
+from pallas_kernels.devices import Device, Impl
+from pallas_kernels.paged_attention import (
+    PackedPages,
+    Pages,
+    Ragged,
+    cache_shapes,
+    heads_axis,
+    write_and_attend,
+)
 
 KV = Any  # the cache, a pytree threaded through the layers; None without one
 FULL = 2**30  # a window that never ends
 PADDING_PAGE = 0
+Cache = Pages | PackedPages
 TENSOR_AXIS = "tensor"  # of the mesh: heads, and with them the cache, are split over it
 
 
@@ -48,39 +57,49 @@ class Attend(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class CacheSpec:
+    """The cache of `num_layers` layers as the attention `impl` wants it."""
+
     num_layers: int
     num_pages: int
     num_kv_heads: int
     page_size: int  # tokens
     head_dim: int
     dtype: Any
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the keys; the values' is the same."""
-        return (
-            self.num_layers, self.num_pages, self.num_kv_heads, self.page_size, self.head_dim,
-        )  # fmt: skip
+    impl: Impl
 
     def page_bytes_per_device(self, mesh: Mesh) -> int:
         """Keys and values of one page, all layers, the heads of one device."""
-        heads = self.num_kv_heads // dict(mesh.shape).get(TENSOR_AXIS, 1)
-        tokens = self.num_layers * self.page_size
-        return 2 * tokens * heads * self.head_dim * jnp.dtype(self.dtype).itemsize
+        page = jax.tree.leaves(self.with_pages(1)._per_device(mesh))
+        return sum(x.size * jnp.dtype(x.dtype).itemsize for x in page)
 
     def with_pages(self, num_pages: int) -> "CacheSpec":
         return replace(self, num_pages=num_pages)
 
-    def abstract(self, mesh: Mesh) -> Pages:
-        sharding = NamedSharding(mesh, _by_head(mesh, before=2))
-        one = jax.ShapeDtypeStruct(self.shape, self.dtype, sharding=sharding)
-        return Pages(one, one)
+    def abstract(self, mesh: Mesh) -> Cache:
+        """Each device's own heads, side by side: what packs heads together packs a device's."""
+        axis, size = heads_axis(self.impl), tensor_size(mesh)
+        sharding = NamedSharding(mesh, _by_head(mesh, before=axis))
 
-    def allocate(self, mesh: Mesh) -> Pages:
+        def whole(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            shape = (*x.shape[:axis], x.shape[axis] * size, *x.shape[axis + 1 :])
+            return jax.ShapeDtypeStruct(shape, x.dtype, sharding=sharding)
+
+        return jax.tree.map(whole, self._per_device(mesh))
+
+    def allocate(self, mesh: Mesh) -> Cache:
         """An empty cache, split over the mesh's tensor axis by kv head."""
-        sharding = NamedSharding(mesh, _by_head(mesh, before=2))
-        make = jax.jit(lambda: jnp.zeros(self.shape, self.dtype), out_shardings=sharding)
-        return Pages(make(), make())
+
+        def zeros(x: jax.ShapeDtypeStruct) -> Array:
+            return jax.jit(lambda: jnp.zeros(x.shape, x.dtype), out_shardings=x.sharding)()
+
+        return jax.tree.map(zeros, self.abstract(mesh))
+
+    def _per_device(self, mesh: Mesh) -> Cache:
+        return cache_shapes(
+            self.impl, num_layers=self.num_layers, num_pages=self.num_pages,
+            num_kv_heads=self.num_kv_heads // tensor_size(mesh), page_size=self.page_size,
+            head_dim=self.head_dim, dtype=self.dtype,
+        )  # fmt: skip
 
 
 def paged_attend(
@@ -90,21 +109,24 @@ def paged_attend(
     mesh: Mesh,
     *,
     decode_only: bool,
+    device: Device,
     impl: Impl,
 ) -> Attend:
-    """The `attend` over a Pages cache for a step's tokens [1, T]; each device of the mesh's
+    """The `attend` over a paged cache for a step's tokens [1, T]; each device of the mesh's
     tensor axis attends with its own heads."""
 
-    def attend(q_BTNH, k_BTKH, v_BTKH, kv: Pages, *, layer, window, scale):
+    def attend(q_BTNH, k_BTKH, v_BTKH, kv: Cache, *, layer, window, scale):
         def local(q_TNH, k_TKH, v_TKH, kv, layer, window):
             return write_and_attend(
                 q_TNH, k_TKH, v_TKH, kv, layer, page_T, slot_T, ragged,
-                window=window, scale=scale, decode_only=decode_only, impl=impl,
+                window=window, scale=scale, decode_only=decode_only, device=device,
+                impl=impl,
             )  # fmt: skip
 
         if mesh.size > 1:
-            heads, cache = _by_head(mesh, before=1), _by_head(mesh, before=2)
-            kv_specs, none = Pages(cache, cache), PartitionSpec()
+            heads, none = _by_head(mesh, before=1), PartitionSpec()
+            cache = _by_head(mesh, before=heads_axis(impl))
+            kv_specs = jax.tree.map(lambda _: cache, kv)
             local = jax.shard_map(
                 local,
                 mesh=mesh,
@@ -118,6 +140,11 @@ def paged_attend(
         return o_TNH[None], kv
 
     return attend
+
+
+def tensor_size(mesh: Mesh) -> int:
+    """Devices that share the heads."""
+    return dict(mesh.shape).get(TENSOR_AXIS, 1)
 
 
 def _by_head(mesh: Mesh, *, before: int) -> PartitionSpec:

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from pallas_kernels.devices import Device, device_of_kind
 from xlinfer.config import ModelConfig
 
 TENSOR = "tensor"
@@ -43,6 +44,11 @@ def make_mesh(tensor_parallel_size: int, devices: Sequence[Any] | None = None) -
         )
     used = present[:tensor_parallel_size]
     return jax.make_mesh((tensor_parallel_size,), (TENSOR,), (AxisType.Auto,), devices=used)
+
+
+def device_of(mesh: Mesh) -> Device:
+    """What kernels are chosen and tuned for. Raises ValueError for a chip that none knows."""
+    return device_of_kind(mesh.devices.flat[0].device_kind)
 
 
 def sharding(mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int]) -> NamedSharding:

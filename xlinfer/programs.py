@@ -20,8 +20,9 @@ from jax import lax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.paged_attention import Impl, Pages, Ragged
-from xlinfer.kvcache import PADDING_PAGE, paged_attend
+from pallas_kernels.devices import Device, Impl
+from pallas_kernels.paged_attention import Ragged
+from xlinfer.kvcache import PADDING_PAGE, Cache, paged_attend
 from xlinfer.models import CausalLM
 from xlinfer.plan import Plan
 from xlinfer.sampling import (
@@ -129,17 +130,18 @@ class Programs:
     tree: Any  # the State's PyTreeDef
     plan: Plan
     mesh: Mesh
+    device: Device
     attention_impl: Impl
 
     def forward(
         self,
         params: Sequence[Array],
-        kv: Pages,
+        kv: Cache,
         slots: Slots,
         packed: Int[Array, " n"],
         *,
         tokens: int,
-    ) -> tuple[Pages, Float[Array, "most D"], Float[Array, "R D"]]:
+    ) -> tuple[Cache, Float[Array, "most D"], Float[Array, "R D"]]:
         """The cache with this step's KV, every token's hidden state (padded to the largest
         bucket, so that one `score` serves all), each row's last."""
         x = unpack(packed, forward_shapes(self.plan, tokens))
@@ -176,12 +178,12 @@ class Programs:
     def decode(
         self,
         params: Sequence[Array],
-        kv: Pages,
+        kv: Cache,
         slots: Slots,
         packed: Int[Array, " n"],
         *,
         rows: int,
-    ) -> tuple[Pages, Slots, Sampled]:
+    ) -> tuple[Cache, Slots, Sampled]:
         """Up to `num_steps` tokens a row, until every row has stopped."""
         x = unpack(packed, decode_shapes(self.plan, rows))
         model, W = self._model(params), self.plan.decode_window
@@ -277,8 +279,9 @@ class Programs:
 
     def _attend(self, page_T, offset_T, ragged: Ragged, *, decode_only: bool):
         return paged_attend(
-            page_T, offset_T, ragged, self.mesh, decode_only=decode_only, impl=self.attention_impl
-        )
+            page_T, offset_T, ragged, self.mesh,
+            decode_only=decode_only, device=self.device, impl=self.attention_impl,
+        )  # fmt: skip
 
     def _choose(self, logits_RV, chosen, state, slot_R, length_R, live_R, wanted: Wanted):
         token_R = choose(logits_RV, chosen, state, slot_R, length_R, wanted)

@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 from converters import Checkpoint, Layout, Rule, Step, open_checkpoint, parameter_rules, read_tensor
 from xlinfer.artifact import is_artifact, read_manifest, read_parameters
 from xlinfer.config import ModelConfig
-from xlinfer.mesh import TENSOR, make_mesh, replicate_kv_heads, sharding
+from xlinfer.mesh import TENSOR, device_of, make_mesh, replicate_kv_heads, sharding
 from xlinfer.models import Transformer
 from xlinfer.progress import Progress
 
@@ -68,8 +68,9 @@ def load_model(
     if kept is None:
         on_cpu = mesh.devices.flat[0].platform == "cpu"
         kept = DTYPES["float32"] if on_cpu else stored_dtype(checkpoint)
+    unroll = device_of(mesh).platform == "cuda"
     graph, state = nnx.split(
-        nnx.eval_shape(lambda: Transformer(config, dtype=kept, rngs=nnx.Rngs(0)))
+        nnx.eval_shape(lambda: Transformer(config, dtype=kept, unroll=unroll, rngs=nnx.Rngs(0)))
     )
     flat = nnx.to_flat_state(state)
     axes = {path: _axes(param, path) for path, param in flat}
@@ -79,7 +80,8 @@ def load_model(
         kv_axis = {
             path: names.index("kv_heads") for path, names in axes.items() if "kv_heads" in names
         }
-        arrays = _restore(checkpoint.path, targets, kv_axis, replicas, progress or _silent)
+        heads = checkpoint.config.num_kv_heads
+        arrays = _restore(checkpoint.path, targets, kv_axis, heads, replicas, progress or _silent)
     else:
         _check_rules(parameter_rules(checkpoint.config, replicas), targets, config)
         steps = checkpoint.schedule(replicas)
@@ -193,13 +195,15 @@ def _write(
 ) -> jax.Array:
     """`tensor` in its place in `parameter`, which it reuses; one program per layout and dtype."""
     letters = [letter for group in layout.source_axes for letter in group]
+    order = [letter for group in layout.target_axes for letter in group]
     value = tensor.astype(parameter.dtype).reshape(layout.sizes)
-    value = value.transpose([letters.index(letter) for letter in layout.target_axes])
-    if layout.kv_replicas > 1 and "K" in layout.target_axes:
-        value = value.repeat(layout.kv_replicas, axis=layout.target_axes.index("K"))
-    if value.ndim == parameter.ndim:
-        written = jax.lax.dynamic_update_slice(parameter, value, (0,) * value.ndim)
+    value = value.transpose([letters.index(letter) for letter in order])
+    if layout.kv_replicas > 1 and "K" in order:
+        value = value.repeat(layout.kv_replicas, axis=order.index("K"))
+    if parameter.ndim == len(layout.target_axes):
+        written = value.reshape(parameter.shape)
     else:
+        value = value.reshape(parameter.shape[1:])
         written = jax.lax.dynamic_update_index_in_dim(parameter, value, layer, 0)
     return jax.lax.with_sharding_constraint(written, lies)
 
@@ -208,10 +212,12 @@ def _restore(
     folder: Path,
     targets: Mapping[tuple, jax.ShapeDtypeStruct],
     kv_axis: Mapping[tuple, int],
+    heads: int,
     replicas: int,
     progress: Progress,
 ) -> dict[tuple, jax.Array]:
-    """The artifact's arrays, cast and placed. Kv heads to be repeated are read whole first."""
+    """The artifact's arrays, cast and placed. Where kv heads are to be repeated, the `heads` that
+    it has are read whole first."""
     repeated = dict(kv_axis) if replicas > 1 else {}
     asked = dict(targets)
     for path, axis in repeated.items():
@@ -223,10 +229,13 @@ def _restore(
     progress("load", 0, total)
     arrays = read_parameters(folder, asked)
     for path, axis in repeated.items():
-        repeat = jax.jit(
-            partial(jnp.repeat, repeats=replicas, axis=axis), out_shardings=targets[path].sharding
-        )
-        arrays[path] = repeat(arrays[path])
+        t = targets[path]
+
+        def repeat(x: jax.Array, axis=axis, shape=t.shape) -> jax.Array:
+            by_head = x.reshape(*x.shape[:axis], heads, -1, *x.shape[axis + 1 :])
+            return by_head.repeat(replicas, axis=axis).reshape(shape)
+
+        arrays[path] = jax.jit(repeat, out_shardings=t.sharding)(arrays[path])
     jax.block_until_ready(arrays)
     progress("load", total, total)
     return arrays

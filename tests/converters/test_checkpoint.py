@@ -244,10 +244,10 @@ def test_every_tensor_has_one_place(model_type, shards, tmp_path):
 def test_the_rule_of_a_kv_projection(tmp_path):
     cfg = opened(tmp_path, config()).config
     rules = {rule.target: rule for rule in parameter_rules(cfg, kv_replicas=2)}
-    rule = rules["layers", "attn", "k_DKH"]
-    assert rule.shape == (2, 16, 4, 8) and rule.source_shape == (16, 16)
+    rule = rules["layers", "attn", "k_D_KH"]
+    assert rule.shape == (2, 16, 32) and rule.source_shape == (16, 16)
     assert rule.sources == tuple(f"model.layers.{i}.self_attn.k_proj.weight" for i in range(2))
-    assert rules["layers", "attn", "q_DNH"].shape == (2, 16, 4, 8)
+    assert rules["layers", "attn", "q_D_NH"].shape == (2, 16, 32)
 
 
 def drop(held):

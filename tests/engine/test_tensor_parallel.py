@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -46,5 +47,5 @@ def test_sharded_equals_unsharded(family, devices):
         expected = all_logprobs[i, np.arange(31), prompt[1:]]
         np.testing.assert_allclose(scores[str(i)], expected, atol=ATOL)
 
-    kv = engine._runner._kv.k_LPKSH
+    kv = jax.tree.leaves(engine._runner._kv)[0]
     assert kv.sharding.shard_shape(kv.shape)[2] == kv.shape[2] // devices, "the cache is split"

@@ -14,6 +14,9 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
+from pallas_kernels.checks import check_one_of
+from pallas_kernels.devices import Impl, check_runs
+from pallas_kernels.paged_attention import IMPLS, choose
 from xlinfer.compile import compile_all
 from xlinfer.engine.outputs import Outputs
 from xlinfer.engine.pages import PagePool
@@ -22,11 +25,12 @@ from xlinfer.engine.scheduler import Scheduler
 from xlinfer.engine.sequence import Sequence
 from xlinfer.engine.slots import check_request, stop_ids
 from xlinfer.kvcache import CacheSpec
-from xlinfer.mesh import make_mesh
+from xlinfer.mesh import device_of, make_mesh
 from xlinfer.models import check_model
 from xlinfer.plan import Plan, PlanError, make_plan, pages_for
 from xlinfer.programs import Programs
 from xlinfer.progress import Progress
+from xlinfer.quant import QTensor
 from xlinfer.request import EngineStats, InvalidRequest, Request, TokenOutput
 
 STEPS_IN_FLIGHT = 2  # one runs while the next is scheduled
@@ -64,11 +68,13 @@ class Engine:
       decode_window: most tokens that one row alone gains in one device call while nobody waits;
         rows that run together gain a quarter of it.
       deterministic: one program for every token, so a request's bits do not depend on load.
+      attention_impl: of pallas_kernels.paged_attention; by default what that op chooses for the
+        device.
       seed: for requests that name none.
       progress: called as progress("compile", done, total).
 
-    Raises PlanError when the numbers do not fit each other or the memory, TypeError when the
-    module lacks a member. Not thread-safe.
+    Raises PlanError when the numbers do not fit each other or the memory, ValueError when the
+    device has no such implementation, TypeError when the module lacks a member. Not thread-safe.
     """
 
     def __init__(
@@ -85,6 +91,7 @@ class Engine:
         enable_prefix_caching: bool = True,
         decode_window: int = 32,
         deterministic: bool = False,
+        attention_impl: str | None = None,
         max_logprobs: int = 20,
         seed: int = 0,
         progress: Progress | None = None,
@@ -105,13 +112,22 @@ class Engine:
         positions: int = model.max_position_embeddings  # type: ignore[attr-defined]
         max_model_len = positions if max_model_len is None else max_model_len
         _check_sizes(positions, max_model_len, page_size)
+        device, dtype = device_of(mesh), _activation_dtype(state)
+        head_dim: int = model.head_dim  # type: ignore[attr-defined]
+        if attention_impl is not None:
+            check_one_of("attention_impl", attention_impl, IMPLS)
+            check_runs("attention_impl", attention_impl, device)
+        self.attention_impl: Impl = attention_impl or choose(  # type: ignore[assignment]
+            device, page_size=page_size, head_dim=head_dim, dtype=dtype
+        )
         spec = CacheSpec(
             num_layers=model.num_layers,  # type: ignore[attr-defined]
             num_pages=num_pages or 0,
             num_kv_heads=model.num_kv_heads,  # type: ignore[attr-defined]
             page_size=page_size,
-            head_dim=model.head_dim,  # type: ignore[attr-defined]
-            dtype=max(params, key=lambda p: p.size).dtype,
+            head_dim=head_dim,
+            dtype=dtype,
+            impl=self.attention_impl,
         )
         if num_pages is None:
             whole = max_num_seqs * pages_for(max_model_len, page_size) + 1
@@ -130,8 +146,9 @@ class Engine:
             bucket_ratio=defaults.bucket_ratio,
         )
         programs = Programs(
-            graph=graph, tree=self._tree, plan=self.plan, mesh=mesh, attention_impl="reference"
-        )
+            graph=graph, tree=self._tree, plan=self.plan, mesh=mesh, device=device,
+            attention_impl=self.attention_impl,
+        )  # fmt: skip
         executables = compile_all(programs, params, self.vocab_size, spec.abstract(mesh), progress)
         self._runner = Runner(
             params, executables, spec.allocate(mesh), self.plan, mesh,
@@ -275,5 +292,13 @@ def _cache_budget(params: tuple[jax.Array, ...], mesh: Mesh, hbm_utilization: fl
 
 
 def _bytes_on(device: Any, params: tuple[jax.Array, ...]) -> int:
-    shards = (s for p in params for s in p.addressable_shards if s.device == device)
-    return sum(shard.data.nbytes for shard in shards)
+    shards = (s.data for p in params for s in p.addressable_shards if s.device == device)
+    # Not nbytes, which counts a byte for each int4.
+    return sum(x.size * jax.dtypes.itemsize_bits(x.dtype) // 8 for x in shards)
+
+
+def _activation_dtype(state: Any) -> Any:
+    """That of the largest parameter which is not quantized."""
+    is_quantized = lambda x: isinstance(x, QTensor)
+    leaves = jax.tree.leaves(state, is_leaf=is_quantized)
+    return max((x for x in leaves if not is_quantized(x)), key=lambda x: x.size).dtype

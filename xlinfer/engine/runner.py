@@ -6,12 +6,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from pallas_kernels.paged_attention import Pages
 from xlinfer.compile import Executables
 from xlinfer.engine.batch import Batcher
 from xlinfer.engine.scheduler import Decode, Forward, Step
 from xlinfer.engine.sequence import Sequence
 from xlinfer.engine.slots import output_counts, recent_tokens, slot_params
+from xlinfer.kvcache import Cache
 from xlinfer.plan import Plan
 from xlinfer.programs import Sampled, pack
 from xlinfer.sampling import Logprobs, Wanted, empty_slots
@@ -37,7 +37,7 @@ class Runner:
         self,
         params: tuple[jax.Array, ...],
         executables: Executables,
-        kv: Pages,
+        kv: Cache,
         plan: Plan,
         mesh: Mesh,
         *,

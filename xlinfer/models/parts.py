@@ -1,6 +1,7 @@
 """The blocks that families are built from.
 
 B rows  T tokens per row  D hidden  F ffw hidden  N query heads  K kv heads  H head_dim
+D_NH: an axis of D, and one of N x H
 """
 
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from jaxtyping import Array, Float
 from xlinfer.config import ModelConfig
 from xlinfer.kvcache import KV, Attend
 from xlinfer.models.rope import Angles, rotate
+from xlinfer.quant import product
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
@@ -21,10 +23,16 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 
-def weight(rngs: nnx.Rngs, dtype, axes: tuple[str, ...], *shape: int) -> nnx.Param:
+def weight(rngs: nnx.Rngs, dtype, axes: tuple[str, ...], *shape: int, **metadata) -> nnx.Param:
     """A weight whose logical `axes` (see mesh.py) decide its sharding."""
     init = nnx.initializers.normal(0.02)
-    return nnx.Param(init(rngs.params(), shape, dtype), logical_axes=axes)
+    return nnx.Param(init(rngs.params(), shape, dtype), logical_axes=axes, **metadata)
+
+
+def matrix(rngs: nnx.Rngs, dtype, axes: tuple[str, str], inputs: int, outputs: int) -> nnx.Param:
+    """What `quant.product` multiplies by, and so may be quantized. Heads and head_dim are one
+    axis: XLA:TPU would lay a third one out anew at every step (docs/LOG.md)."""
+    return weight(rngs, dtype, axes, inputs, outputs, is_matrix=True)
 
 
 def bias(dtype, axes: tuple[str, ...], *shape: int) -> nnx.Param:
@@ -47,10 +55,10 @@ class RMSNorm(nnx.Module):
 class Attention(nnx.Module):
     def __init__(self, cfg: ModelConfig, *, dtype, rngs: nnx.Rngs):
         D, N, K, H = cfg.hidden_size, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
-        self.q_DNH = weight(rngs, dtype, ("hidden", "heads", "head_dim"), D, N, H)
-        self.k_DKH = weight(rngs, dtype, ("hidden", "kv_heads", "head_dim"), D, K, H)
-        self.v_DKH = weight(rngs, dtype, ("hidden", "kv_heads", "head_dim"), D, K, H)
-        self.o_NHD = weight(rngs, dtype, ("heads", "head_dim", "hidden"), N, H, D)
+        self.q_D_NH = matrix(rngs, dtype, ("hidden", "heads"), D, N * H)
+        self.k_D_KH = matrix(rngs, dtype, ("hidden", "kv_heads"), D, K * H)
+        self.v_D_KH = matrix(rngs, dtype, ("hidden", "kv_heads"), D, K * H)
+        self.o_NH_D = matrix(rngs, dtype, ("heads", "hidden"), N * H, D)
         if cfg.qkv_bias:
             self.q_bias_NH = bias(dtype, ("heads", "head_dim"), N, H)
             self.k_bias_KH = bias(dtype, ("kv_heads", "head_dim"), K, H)
@@ -63,9 +71,10 @@ class Attention(nnx.Module):
         self.cfg = cfg
 
     def __call__(self, x_BTD, angles: Angles, attend: Attend, kv: KV, *, layer, window):
-        q_BTNH = jnp.einsum("BTD,DNH->BTNH", x_BTD, self.q_DNH[...])
-        k_BTKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, self.k_DKH[...])
-        v_BTKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, self.v_DKH[...])
+        by_head = lambda x: x.reshape(*x.shape[:2], -1, self.cfg.head_dim)
+        q_BTNH = by_head(product(x_BTD, self.q_D_NH))
+        k_BTKH = by_head(product(x_BTD, self.k_D_KH))
+        v_BTKH = by_head(product(x_BTD, self.v_D_KH))
         if self.cfg.qkv_bias:
             q_BTNH += self.q_bias_NH[...][None, None]
             k_BTKH += self.k_bias_KH[...][None, None]
@@ -75,8 +84,7 @@ class Attention(nnx.Module):
         q_BTNH, k_BTKH = rotate(q_BTNH, angles), rotate(k_BTKH, angles)
         scale = self.cfg.head_dim**-0.5
         o_BTNH, kv = attend(q_BTNH, k_BTKH, v_BTKH, kv, layer=layer, window=window, scale=scale)
-        # Reshaped to one contracted axis: XLA:CPU runs a product over two of them ten times slower.
-        y_BTD = o_BTNH.reshape(*x_BTD.shape[:2], -1) @ self.o_NHD[...].reshape(-1, x_BTD.shape[-1])
+        y_BTD = product(o_BTNH.reshape(*x_BTD.shape[:2], -1), self.o_NH_D)
         if self.cfg.attention_output_bias:
             y_BTD += self.o_bias_D[...][None, None]
         return y_BTD, kv
@@ -85,9 +93,9 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     def __init__(self, cfg: ModelConfig, *, dtype, rngs: nnx.Rngs):
         D, F = cfg.hidden_size, cfg.intermediate_size
-        self.gate_DF = weight(rngs, dtype, ("hidden", "ffw"), D, F)
-        self.up_DF = weight(rngs, dtype, ("hidden", "ffw"), D, F)
-        self.down_FD = weight(rngs, dtype, ("ffw", "hidden"), F, D)
+        self.gate_DF = matrix(rngs, dtype, ("hidden", "ffw"), D, F)
+        self.up_DF = matrix(rngs, dtype, ("hidden", "ffw"), D, F)
+        self.down_FD = matrix(rngs, dtype, ("ffw", "hidden"), F, D)
         if cfg.mlp_bias:
             self.gate_bias_F = bias(dtype, ("ffw",), F)
             self.up_bias_F = bias(dtype, ("ffw",), F)
@@ -95,11 +103,11 @@ class MLP(nnx.Module):
         self.cfg = cfg
 
     def __call__(self, x_BTD):
-        gate_BTF, up_BTF = x_BTD @ self.gate_DF[...], x_BTD @ self.up_DF[...]
+        gate_BTF, up_BTF = product(x_BTD, self.gate_DF), product(x_BTD, self.up_DF)
         if self.cfg.mlp_bias:
             gate_BTF += self.gate_bias_F[...][None, None]
             up_BTF += self.up_bias_F[...][None, None]
-        y_BTD = (ACTIVATIONS[self.cfg.hidden_act](gate_BTF) * up_BTF) @ self.down_FD[...]
+        y_BTD = product(ACTIVATIONS[self.cfg.hidden_act](gate_BTF) * up_BTF, self.down_FD)
         return y_BTD + self.down_bias_D[...][None, None] if self.cfg.mlp_bias else y_BTD
 
 

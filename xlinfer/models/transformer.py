@@ -10,16 +10,21 @@ from xlinfer.kvcache import FULL, KV, Attend
 from xlinfer.models.causal_lm import causal_attend
 from xlinfer.models.parts import Block, RMSNorm, weight
 from xlinfer.models.rope import rope_angles, rope_frequencies
+from xlinfer.quant import apart, together
 
 
 class Transformer(nnx.Module):
     """`model(tokens[B, T]) -> logits[B, T, V]`, causal and pure: jit, vmap and grad apply.
 
     Every array of `layers` has the layer as its first axis and the forward scans over it, so
-    neither compile time nor the number of arguments grows with depth.
+    neither compile time nor the number of arguments grows with depth. `unroll` writes the scan
+    out: XLA:GPU copies each layer's weights out of the stack before a product inside a loop, and
+    reads them in place outside of one (docs/LOG.md).
     """
 
-    def __init__(self, cfg: ModelConfig, *, dtype=jnp.float32, rngs: nnx.Rngs):
+    def __init__(
+        self, cfg: ModelConfig, *, dtype=jnp.float32, unroll: bool = False, rngs: nnx.Rngs
+    ):
         self.embed_VD = weight(rngs, dtype, ("vocab", "hidden"), cfg.vocab_size, cfg.hidden_size)
 
         @nnx.split_rngs(splits=cfg.num_layers)
@@ -31,7 +36,7 @@ class Transformer(nnx.Module):
         self.norm = RMSNorm(cfg.hidden_size, "hidden", cfg.norm_eps, dtype=dtype)
         if not cfg.tie_word_embeddings:
             self.head_DV = weight(rngs, dtype, ("hidden", "vocab"), cfg.hidden_size, cfg.vocab_size)
-        self.cfg = cfg
+        self.cfg, self.unroll = cfg, unroll
         self.vocab_size, self.num_layers = cfg.vocab_size, cfg.num_layers
         self.num_heads, self.num_kv_heads = cfg.num_heads, cfg.num_kv_heads
         self.head_dim = cfg.head_dim
@@ -56,17 +61,19 @@ class Transformer(nnx.Module):
         """See CausalLM.hidden."""
         freq_h, scale = rope_frequencies(self.cfg.rope, self.cfg.head_dim, context_len)
         angles = rope_angles(freq_h, scale, pos_BT)
-        graph, stacked = nnx.split(self.layers)
+        graph, state = nnx.split(self.layers)
+        stacked, whole = apart(state)
 
         def layer(carry, xs):
             (x_BTD, kv), (weights, index, window) = carry, xs
-            block = nnx.merge(graph, weights)
+            block = nnx.merge(graph, together(weights, whole, index))
             return block(x_BTD, angles, attend, kv, layer=index, window=window), None
 
         index_L = jnp.arange(self.cfg.num_layers)
         window_L = jnp.array([window or FULL for window in self.cfg.windows])
         x_BTD = self.embed_VD[...][tokens_BT]
-        (x_BTD, kv), _ = jax.lax.scan(layer, (x_BTD, kv), (stacked, index_L, window_L))
+        xs = (stacked, index_L, window_L)
+        (x_BTD, kv), _ = jax.lax.scan(layer, (x_BTD, kv), xs, unroll=self.unroll)
         return self.norm(x_BTD), kv
 
     def logits(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:

@@ -46,6 +46,9 @@ class EngineOptions:
     num_pages: int | None = None
     hbm_utilization: float = 0.9
     tensor_parallel_size: int = 1
+    quantization: str | None = None  # int4, int8, fp8; None: weights as they are
+    attention_impl: str | None = None  # None: the device's kernel
+    matmul_impl: str | None = None
     enable_prefix_caching: bool = True
     deterministic: bool = False
     max_logprobs: int = 20
@@ -64,6 +67,7 @@ class Built:
 _ENGINE = (
     *("max_model_len", "max_num_seqs", "max_num_batched_tokens", "page_size", "num_pages"),
     *("hbm_utilization", "enable_prefix_caching", "deterministic", "max_logprobs", "seed"),
+    "attention_impl",
 )
 
 
@@ -73,7 +77,8 @@ def build(options: EngineOptions, progress: Progress) -> Built:
     import converters
     from xlinfer.compile import use_compile_cache
     from xlinfer.engine.engine import Engine
-    from xlinfer.mesh import make_mesh
+    from xlinfer.mesh import device_of, make_mesh
+    from xlinfer.quant import quantize_model
     from xlinfer.weights import load_model
 
     if options.compile_cache_dir is not None:
@@ -84,7 +89,14 @@ def build(options: EngineOptions, progress: Progress) -> Built:
         options.tokenizer or options.model, chat_template=options.chat_template
     )
     mesh = make_mesh(options.tensor_parallel_size)
+    if options.matmul_impl is not None and options.quantization is None:
+        raise ValueError(
+            f"matmul_impl={options.matmul_impl} chooses how quantized weights are multiplied, and "
+            "there are none: name a quantization too, or leave it out"
+        )
     module = load_model(options.model, dtype=options.dtype, mesh=mesh, progress=progress)
+    if options.quantization is not None:
+        quantize_model(module, options.quantization, device_of(mesh), options.matmul_impl)
     # What nobody asked for is left to the engine's own defaults.
     given = {name: value for name in _ENGINE if (value := getattr(options, name)) is not None}
     engine = Engine(module, mesh=mesh, progress=progress, **given)

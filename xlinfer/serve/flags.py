@@ -71,6 +71,25 @@ def define() -> flags.FlagValues:
         0.01,
         1.0,
     )
+    one_of(
+        "quantization",
+        None,
+        ["int4", "int8", "fp8"],
+        "Keep the layers' weights in fewer bits. int4: groups of 128 inputs share a scale; int8: "
+        "output channels; fp8: blocks of 128 x 128, activations too. Default: as they are.",
+    )
+    one_of(
+        "attention_impl",
+        None,
+        ["reference", "mosaic_gpu", "mosaic_tpu"],
+        "How attention is computed. Default: the device's kernel.",
+    )
+    one_of(
+        "matmul_impl",
+        None,
+        ["reference", "xla", "mosaic_gpu", "mosaic_tpu"],
+        "How quantized weights are multiplied. Default: what is best for the weights and device.",
+    )
     whole("tensor_parallel_size", 1, "Devices that share each layer.", 1)
     switch("enable_prefix_caching", True, "Reuse the KV of equal prefixes.")
     switch("deterministic", False, "Equal answers under any load, for some speed.")
