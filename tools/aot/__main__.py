@@ -2,7 +2,8 @@
 
 For each op, case and device, in a process of its own: it compiles, no register is spilled (ptxas)
 and VMEM is enough (the TPU compiler refuses otherwise), no dequantised copy of the weights is
-among the temporaries, and a TPU kernel's cost estimate is the work that the case needs.
+among the temporaries, and a TPU kernel's cost estimate is the work that the case needs. The
+engine's own programs for Llama 3 8B alias their cache and copy no weights.
 """
 
 import argparse
@@ -21,8 +22,10 @@ from typing import Any, NamedTuple
 
 from pallas_kernels.cases import OPS
 from pallas_kernels.devices import DEVICES, GPUS, TPUS
+from tools.aot.programs import PROGRAMS
 
 COMPILERS = Path(sys.prefix) / "compilers"  # where ./run puts them
+ENGINE = "engine"  # not an op: its programs for Llama 3 8B, tools/aot/programs.py
 TIMEOUT_S = 300
 # A kernel's estimate may count whole tiles where the work counts what is used of them, and
 # quantizing the activations where the work counts the product alone.
@@ -49,6 +52,15 @@ def jobs(ops: Sequence[str], devices: Sequence[str], case: str | None, fast: boo
     devices = ("h200", "v6e") if fast else devices
     found = []
     for op in ops:
+        if op == ENGINE:
+            some = PROGRAMS[:1] if fast else PROGRAMS
+            found += [
+                Job(ENGINE, f"{program}_{bucket}", quantization, device)
+                for device in devices
+                for program, bucket, quantization in some
+                if case in (None, f"{program}_{bucket}")
+            ]
+            continue
         cases = importlib.import_module(f"pallas_kernels.{op}.cases")
         for name in devices:
             device = DEVICES[name]
@@ -70,10 +82,18 @@ def run(job: Job) -> Outcome:
         "MOSAIC_GPU_DUMP_PTXAS": "1",
         "JAX_PLATFORMS": "cpu",
     }
-    command = [sys.executable, "-m", "tools.aot.one", *job]
+    if job.op == ENGINE:
+        program, _, bucket = job.case.partition("_")
+        command = ["tools.aot.programs", program, bucket, job.impl, job.device]
+    else:
+        command = ["tools.aot.one", *job]
     try:
         done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S
+            [sys.executable, "-m", *command],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_S,
         )
     except subprocess.TimeoutExpired:
         return Outcome(job, {}, [f"not compiled after {TIMEOUT_S} s"])
@@ -91,9 +111,18 @@ def run(job: Job) -> Outcome:
 
 def faults(job: Job, report: dict[str, Any]) -> list[str]:
     """One sentence for each thing in `report` that must not be."""
-    work, found = report["work"], []
+    found = []
     if report["spilled"]:
         found.append(f"{report['spilled']} bytes of registers spilled")
+    if job.op == ENGINE:
+        if report["alias_bytes"] < report["cache_bytes"]:
+            found.append(f"{report['alias_bytes']} bytes aliased: the cache is copied")
+        if report["temp_bytes"] > report["most_temp_bytes"]:
+            found.append(
+                f"{report['temp_bytes']} bytes of temporaries, at most {report['most_temp_bytes']}"
+            )
+        return found
+    work = report["work"]
     if job.impl == "mosaic_gpu" and report["registers"] is None:
         found.append("ptxas reported nothing: no kernel was compiled")
     if work["forbidden_bytes"] is not None and report["temp_bytes"] >= work["forbidden_bytes"]:
@@ -129,14 +158,16 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="./run aot", description="Compile the kernels for devices that are not here."
     )
-    parser.add_argument("--op", action="append", choices=OPS, help="only this op; repeatable")
+    parser.add_argument(
+        "--op", action="append", choices=(*OPS, ENGINE), help="only this; repeatable"
+    )
     parser.add_argument("--device", action="append", choices=names, help="only for this device")
     parser.add_argument("--case", help="only the case of this name")
     parser.add_argument("--fast", action="store_true", help="one case of each op, h200 and v6e")
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write the reports here")
     parser.add_argument("--verbose", action="store_true", help="print a failed compile's output")
     args = parser.parse_args(argv)
-    args.op, args.device = args.op or list(OPS), args.device or names
+    args.op, args.device = args.op or [*OPS, ENGINE], args.device or names
     return args
 
 

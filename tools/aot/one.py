@@ -33,6 +33,7 @@ def compile_case(op: str, case_name: str, impl: str, device_name: str) -> dict[s
     compiled = lowered.compile()
     seconds = time.perf_counter() - started
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
+    assert memory is not None
     work = cases.work(case)
     return {
         "seconds": seconds,

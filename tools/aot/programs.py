@@ -17,6 +17,7 @@ from converters.families import parse_config
 from pallas_kernels.devices import DEVICES, Device
 from pallas_kernels.paged_attention import choose
 from xlinfer.compile import jobs_of
+from xlinfer.config import ModelConfig
 from xlinfer.kvcache import CacheSpec
 from xlinfer.models import Transformer
 from xlinfer.plan import make_plan
@@ -43,8 +44,8 @@ PAGE_SIZE, NUM_PAGES = 64, 513
 
 
 def compile_program(program: str, bucket: str, quantization: str, device_name: str) -> dict:
-    """Bytes and seconds; `forbidden_bytes` is what a copy of a layer's smallest MLP weight takes,
-    which no program may make, and `cache_bytes` must be aliased."""
+    """Bytes and seconds, and the bounds on them: `cache_bytes` must be aliased, and temporaries
+    stay below `most_temp_bytes`, which has no room for copies of weights."""
     device = DEVICES[device_name]
     mesh = described_mesh(device)
     config = parse_config(Path("config.json"), LLAMA_3_8B)
@@ -77,8 +78,16 @@ def compile_program(program: str, bucket: str, quantization: str, device_name: s
     return report(job, device, mesh) | {
         "attention_impl": impl,
         "cache_bytes": NUM_PAGES * spec.page_bytes_per_device(mesh),
-        "forbidden_bytes": config.hidden_size * config.intermediate_size * 2,
+        "most_temp_bytes": most_temp_bytes(program, int(bucket), plan.max_num_seqs, config),
     }
+
+
+def most_temp_bytes(program: str, bucket: int, rows: int, config: ModelConfig) -> int:
+    """The sampler's state, updated out of place, and several float32 logits of every row; or a
+    prompt's hidden states, several MLPs wide."""
+    if program == "decode":
+        return 4 * config.vocab_size * (2 * (rows + 1) + 6 * bucket)
+    return 2 * bucket * (8 * config.intermediate_size + 8 * config.hidden_size)
 
 
 def report(job: Any, device: Device, mesh: Any) -> dict:
@@ -87,6 +96,7 @@ def report(job: Any, device: Device, mesh: Any) -> dict:
         job.run, job.args, device, mesh, donate_argnums=job.donated, out_shardings=job.placed
     )
     memory = lowered.compile().memory_analysis()
+    assert memory is not None
     return {
         "seconds": time.perf_counter() - started,
         "temp_bytes": memory.temp_size_in_bytes,
