@@ -31,7 +31,7 @@ def weight(rngs: nnx.Rngs, dtype, axes: tuple[str, ...], *shape: int, **metadata
 
 def matrix(rngs: nnx.Rngs, dtype, axes: tuple[str, str], inputs: int, outputs: int) -> nnx.Param:
     """What `quant.product` multiplies by, and so may be quantized. Heads and head_dim are one
-    axis: XLA:TPU would lay a third one out anew at every step (docs/LOG.md)."""
+    axis: XLA:TPU would lay out three anew at every call (docs/LOG.md)."""
     return weight(rngs, dtype, axes, inputs, outputs, is_matrix=True)
 
 
@@ -71,7 +71,11 @@ class Attention(nnx.Module):
         self.cfg = cfg
 
     def __call__(self, x_BTD, angles: Angles, attend: Attend, kv: KV, *, layer, window):
-        by_head = lambda x: x.reshape(*x.shape[:2], -1, self.cfg.head_dim)
+        # Without the barrier XLA:TPU carries the layout that heads ask for back to the weights,
+        # and copies all layers' at every call (docs/LOG.md).
+        by_head = lambda x: jax.lax.optimization_barrier(x).reshape(
+            *x.shape[:2], -1, self.cfg.head_dim
+        )
         q_BTNH = by_head(product(x_BTD, self.q_D_NH))
         k_BTKH = by_head(product(x_BTD, self.k_D_KH))
         v_BTKH = by_head(product(x_BTD, self.v_D_KH))
