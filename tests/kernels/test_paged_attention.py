@@ -75,7 +75,11 @@ def on_gpu(case: Case, args: tuple, **changes):
         raise
 
 
-@pytest.mark.parametrize("dtype", ATOL, ids=lambda d: d.__name__)
+@pytest.mark.parametrize(
+    "dtype",
+    [jnp.float32, pytest.param(jnp.bfloat16, marks=pytest.mark.slow)],
+    ids=lambda d: d.__name__,
+)
 @pytest.mark.parametrize("case", CPU_CASES, ids=by_name)
 def test_blocks_equal_the_definition(case, dtype, keys):
     case = case._replace(dtype=jnp.dtype(dtype))
