@@ -13,9 +13,10 @@ the same shapes.
 
 and, where an op has them:
 
-    candidates(case, device)           tile choices worth measuring, each a `Tiles`; `call` then
-                                       takes `tiles=` (None: the op's own choice)
-    tuning_key(case)                   where tuning.py keeps the best of them; else the case's name
+    candidates(case, device)           tile choices worth measuring, each a NamedTuple, the
+                                       heuristic's first; empty where there is nothing to choose.
+                                       `call` then takes `tiles=` (None: the op's own choice)
+    tuning_key(case, device)           where tuning.py keeps the best of them, and the op finds it
     DONATED                            positions of the arguments that are updated in place; they
                                        are the last of the outputs, in that order
     comparable(case, output)           the part of an output that every implementation must agree
@@ -25,6 +26,9 @@ A Case is a NamedTuple whose first field is `name`, unique within the op.
 """
 
 from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
 
 # Ops with the six names above, in the order the tables show them.
 OPS = (
@@ -36,6 +40,13 @@ OPS = (
     "int8_matmul",
     "grouped_matmul",
 )
+
+
+def widened(args: tuple) -> tuple:
+    """`inputs` with their 16-bit floats in float32, of which the reference makes a float32 result:
+    an implementation is judged by its own rounding, not by its own and the reference's."""
+    wide = lambda x: x.astype(jnp.float32) if x.dtype in (jnp.bfloat16, jnp.float16) else x
+    return jax.tree.map(wide, args)
 
 
 class Work(NamedTuple):

@@ -3,25 +3,36 @@
 B rows   T tokens of a row   N query heads   K kv heads   H head_dim of q and k   V of v and o
 """
 
+from collections.abc import Mapping
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.checks import check_dtype, check_one_of, check_rank, check_shape
 from pallas_kernels.devices import Device, Impl, mosaic
-from pallas_kernels.flash_attention import cudnn, mosaic_gpu, mosaic_tpu, reference
+from pallas_kernels.flash_attention import cudnn, reference
 
 __all__ = ["choose", "flash_attention"]
 
-Tiles = mosaic_gpu.Tiles | mosaic_tpu.Tiles
 HEAD_DIMS = (64, 80, 96, 128, 192, 256)  # that the kernels are tested with
+HALF, FLOATS = ("bfloat16", "float16"), ("bfloat16", "float16", "float32")
+DTYPES: Mapping[Impl, tuple[str, ...]] = {
+    "reference": FLOATS,
+    "mosaic_gpu": HALF,
+    "mosaic_tpu": FLOATS,
+    "cudnn": HALF,
+}
 
 
-def choose(device: Device) -> Impl:
-    """What the op runs on a device: the Mosaic kernel, and the reference on CPU. cuDNN would need
-    a measurement that says so."""
-    return mosaic(device)
+def choose(device: Device, *, H: int, V: int, dtype: Any) -> Impl:
+    """What the op runs on `device`: its Mosaic kernel if that takes these head_dims and q's dtype,
+    else the reference. cuDNN would need a measurement that says so."""
+    impl = mosaic(device)
+    taken = H in HEAD_DIMS and V in HEAD_DIMS and jnp.dtype(dtype).name in DTYPES[impl]
+    return impl if taken else "reference"
 
 
 def flash_attention(
@@ -39,7 +50,7 @@ def flash_attention(
     device: Device,
     impl: Impl | None = None,
     interpret: Any = False,
-    tiles: Tiles | None = None,
+    tiles: tuple | None = None,
 ) -> Float[Array, "B T N V"]:
     """softmax(q·k · scale)·v, each query head n with kv head n // (N/K), in q's dtype.
 
@@ -54,19 +65,20 @@ def flash_attention(
 
     bfloat16 or float16, with float32 too as `reference` and `mosaic_tpu`. The kernels take H and
     V of 64, 80, 96, 128, 192 and 256; `cudnn` takes neither softcap, sinks, slopes nor a traced
-    window. A named `impl` never falls back to another; ValueError names the argument at fault.
+    window. `impl` None is `choose(device, ...)`; a named one never falls back to another.
+    `tiles` are the kernel's Tiles, None for its own choice. ValueError names the argument at
+    fault.
 
     grad and jvp of `reference` are jax's own. A kernel's grad is the gradient of the reference at
     the same arguments: right, O(T) in memory, and not fast; it has no jvp. vmap works for all,
     the batch axis B being the better way for a kernel.
     """
-    impl = impl or choose(device)
     _check(q_BTNH, k_BTKH, v_BTKV, sinks_N, alibi_N, lengths_B)
     _check_options(scale=scale, window=window, causal=causal, softcap=softcap)
-    check_one_of("impl", impl, _allowed(device))
     H, V = q_BTNH.shape[-1], v_BTKV.shape[-1]
-    if impl in ("mosaic_gpu", "cudnn"):
-        check_dtype("q_BTNH", q_BTNH, ("bfloat16", "float16"))
+    impl = impl or choose(device, H=H, V=V, dtype=q_BTNH.dtype)
+    check_one_of("impl", impl, _allowed(device))
+    check_dtype("q_BTNH", q_BTNH, DTYPES[impl])
     if impl in ("mosaic_gpu", "mosaic_tpu"):
         check_one_of("H", H, HEAD_DIMS)
         check_one_of("V", V, HEAD_DIMS)
@@ -92,7 +104,8 @@ def flash_attention(
 
     if impl == "reference":
         return run(reference.attend, arrays)
-    kernel = mosaic_gpu if impl == "mosaic_gpu" else mosaic_tpu
+    # Pallas takes a third of a second to import, and the reference needs none of it.
+    kernel = import_module(f"pallas_kernels.flash_attention.{impl}")
 
     @jax.custom_vjp
     def attend(arrays: _Arrays):
@@ -126,9 +139,9 @@ def _allowed(device: Device) -> tuple[Impl, ...]:
 def _check(q_BTNH, k_BTKH, v_BTKV, sinks_N, alibi_N, lengths_B) -> None:
     for name, x in (("q_BTNH", q_BTNH), ("k_BTKH", k_BTKH), ("v_BTKV", v_BTKV)):
         check_rank(name, x, 4)
-        check_dtype(name, x, ("bfloat16", "float16", "float32"))
+        check_dtype(name, x, FLOATS)
     (B, T, N, H), K, V = q_BTNH.shape, k_BTKH.shape[2], v_BTKV.shape[3]
-    if T == 0:
+    if B * T == 0:
         raise ValueError(f"q_BTNH has shape {q_BTNH.shape}; it must have at least one token")
     if K == 0 or N % K:
         raise ValueError(f"N is {N}; it must be a multiple of K = {K}: kv heads are shared evenly")

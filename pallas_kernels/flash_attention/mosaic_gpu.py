@@ -26,7 +26,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.devices import Device
+from pallas_kernels.flash_attention.key import tuning_key
 from pallas_kernels.hopper import ACC, WARPGROUP_ROWS, accumulate_from_registers, swizzled
+from pallas_kernels.tuning import tuned
 
 LOG2_E = math.log2(math.e)
 MASKED = -1e30  # logit of a key that is not seen
@@ -67,6 +69,15 @@ def tiles(H: int, V: int, device: Device, window: int | None) -> Tiles:
     return choice
 
 
+def best_tiles(q_BTNH, v_BTKV, causal: bool, window, device: Device) -> Tiles:
+    """Those measured fastest, else what seems so."""
+    name = tuning_key(q_BTNH, v_BTKV, causal=causal, window=window)
+    constant = window if isinstance(window, int) else None
+    return tuned("flash_attention", device, name, Tiles) or tiles(
+        q_BTNH.shape[3], v_BTKV.shape[3], device, constant
+    )
+
+
 def fits(choice: Tiles, H: int, V: int, device: Device) -> bool:
     """Whether shared memory and registers are enough."""
     # A thread of three warpgroups has 160 registers, of two 240: 64 rows of `keys` logits, p of
@@ -84,7 +95,7 @@ def flash_attention(
 ):  # fmt: skip
     """As pallas_kernels.flash_attention, whose checks have passed."""
     (B, T, N, H), (K, V) = q_BTNH.shape, v_BTKV.shape[2:]
-    shape = choice or tiles(H, V, device, window if isinstance(window, int) else None)
+    shape = choice or best_tiles(q_BTNH, v_BTKV, causal, window, device)
     rows = shape.warpgroups * WARPGROUP_ROWS
     heads = _heads_together(T, N, K, H, V)
     scalars = {  # small arrays in device memory that the blocks read by index

@@ -21,6 +21,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.devices import Device
+from pallas_kernels.flash_attention.key import tuning_key
+from pallas_kernels.tuning import tuned
 
 MASKED = -1e30  # logit of a key that is not seen
 FLOOR = -1e20  # as in mosaic_gpu.py: where a row's largest logit starts
@@ -46,6 +48,13 @@ def tiles(B: int, T: int, N: int, K: int, device: Device) -> Tiles:
     return Tiles(heads, max(min(ROWS // _power_of_two(heads), keys), 16), keys)
 
 
+def best_tiles(q_BTNH, v_BTKV, causal: bool, window, device: Device) -> Tiles:
+    """Those measured fastest, else what seems so."""
+    name = tuning_key(q_BTNH, v_BTKV, causal=causal, window=window)
+    (B, T, N, _), K = q_BTNH.shape, v_BTKV.shape[2]
+    return tuned("flash_attention", device, name, Tiles) or tiles(B, T, N, K, device)
+
+
 def _power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
@@ -57,7 +66,7 @@ def flash_attention(
 ):  # fmt: skip
     """As pallas_kernels.flash_attention, whose checks have passed."""
     (B, T, N, H), (K, V) = q_BTNH.shape, v_BTKV.shape[2:]
-    heads, queries, keys = choice or tiles(B, T, N, K, device)
+    heads, queries, keys = choice or best_tiles(q_BTNH, v_BTKV, causal, window, device)
     padded = -(-T // max(queries, keys)) * max(queries, keys)
     heads_first = lambda x: jnp.pad(
         jnp.swapaxes(x, 1, 2), ((0, 0), (0, 0), (0, padded - T), (0, 0))

@@ -17,11 +17,13 @@ from pallas_kernels.fp8_matmul import (
     reference,
     xla,
 )
+from pallas_kernels.fp8_matmul.mosaic_gpu_decode import DecodeTiles
 from pallas_kernels.fp8_matmul.reference import BLOCK, quantize_tokens
+from pallas_kernels.tuning import key, tuned, up_to
 
 __all__ = ["choose", "fp8_matmul", "quantize_tokens"]
 
-Tiles = mosaic_gpu.Tiles | mosaic_gpu_decode.Tiles | mosaic_tpu.Tiles
+Tiles = mosaic_gpu.Tiles | DecodeTiles | mosaic_tpu.Tiles
 
 
 def choose(device: Device, *, N: int, K: int, blocks: bool) -> Impl:
@@ -101,12 +103,33 @@ def fp8_matmul(
     if layer is None:
         w_NK, w_scale = w_NK[None], w_scale[None]
     layer = jnp.asarray(0 if layer is None else layer, jnp.int32)
-    how = {"device": device, "choice": tiles, "interpret": interpret}
-    if impl == "mosaic_tpu":
-        return mosaic_tpu.matmul(x_MK, w_NK, w_scale, layer, **how)
-    few = isinstance(tiles, mosaic_gpu_decode.Tiles) if tiles else _few(M, N, device)
-    kernel = mosaic_gpu_decode if few else mosaic_gpu
-    return kernel.matmul(x_MK, w_NK, w_scale, layer, **how)
+    tiles = tiles or best_tiles(M, N, K, x_MK.dtype, device)
+    few = mosaic_gpu_decode if isinstance(tiles, DecodeTiles) else mosaic_gpu
+    kernel = mosaic_tpu if impl == "mosaic_tpu" else few
+    return kernel.matmul(
+        x_MK, w_NK, w_scale, layer, device=device, choice=tiles, interpret=interpret
+    )
+
+
+def tuning_key(M: int, N: int, K: int, dtype: Any) -> str:
+    return key(M=up_to(M), N=N, K=K, x=jnp.dtype(dtype).name)
+
+
+def best_tiles(M: int, N: int, K: int, dtype: Any, device: Device) -> Tiles:
+    """Of the device's kernel for weights with block scales: those measured fastest, else what
+    seems so."""
+    name = tuning_key(M, N, K, dtype)
+    if device.platform == "tpu":
+        measured = tuned("fp8_matmul", device, name, mosaic_tpu.Tiles)
+        if measured is None:
+            return mosaic_tpu.tiles(M, N, K, device)
+        return measured._replace(M=min(M, measured.M))  # no higher than x
+    measured = tuned("fp8_matmul", device, name, mosaic_gpu.Tiles, DecodeTiles)
+    if measured is not None:
+        return measured
+    if _few(M, N, device):
+        return mosaic_gpu_decode.tiles(M, N, K, device)
+    return mosaic_gpu.tiles(M, N, device)
 
 
 def _few(M: int, N: int, device: Device) -> bool:

@@ -14,6 +14,7 @@ from pallas_kernels.fp8_matmul import (
     mosaic_gpu_decode,
     mosaic_tpu,
 )
+from pallas_kernels.fp8_matmul import tuning_key as key_of
 
 Scales = Literal["tensor", "static", "channel", "block"]
 
@@ -27,12 +28,12 @@ class Case(NamedTuple):
     dtype: str = "bfloat16"
     layers: int | None = None  # of a stack, whose last is multiplied by
     # Tiles of the kernels where a small case would not reach a feature by itself.
-    gpu: mosaic_gpu.Tiles | mosaic_gpu_decode.Tiles | None = None
+    gpu: mosaic_gpu.Tiles | mosaic_gpu_decode.DecodeTiles | None = None
     tpu: mosaic_tpu.Tiles | None = None
     cores: int | None = None  # of the device, so that one has several tiles
 
 
-_Many, _Few, _TPU = mosaic_gpu.Tiles, mosaic_gpu_decode.Tiles, mosaic_tpu.Tiles
+_Many, _Few, _TPU = mosaic_gpu.Tiles, mosaic_gpu_decode.DecodeTiles, mosaic_tpu.Tiles
 
 CASES = (
     # Few tokens: weights first, K in parts.
@@ -121,6 +122,11 @@ def call(case: Case, impl: Impl, device: Device, *, interpret=False, tiles=None)
 
 def impls(case: Case, device: Device) -> tuple[Impl, ...]:
     return (choose(device, N=case.N, K=case.K, blocks=case.scales == "block"),)
+
+
+def tuning_key(case: Case, device: Device) -> str:
+    del device
+    return key_of(case.M, case.N, case.K, case.dtype)
 
 
 def candidates(case: Case, device: Device) -> tuple:

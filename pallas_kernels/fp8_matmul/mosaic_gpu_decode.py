@@ -25,12 +25,12 @@ HALF = hopper.WARPGROUP_ROWS
 TOKENS = 64  # of one CTA at most: two halves' products and sums are 4 x 32 registers a thread
 
 
-class Tiles(NamedTuple):
+class DecodeTiles(NamedTuple):
     split: int  # parts of K
     stages: int  # slots of 128 of K
 
 
-def tiles(M: int, N: int, K: int, device: Device) -> Tiles:
+def tiles(M: int, N: int, K: int, device: Device) -> DecodeTiles:
     """Two CTAs a multiprocessor where their parts cost little to add up, else one.
 
     CTAs share bandwidth evenly, so that they need not divide evenly among multiprocessors. A
@@ -40,7 +40,7 @@ def tiles(M: int, N: int, K: int, device: Device) -> Tiles:
     least = pl.cdiv(device.cores, across) if across < device.cores * 7 // 8 else 1
     little = K // (20 * 8 * M)
     split = min(max(least, min(little, 2 * device.cores // across)), pl.cdiv(steps, 2))
-    return Tiles(split, stages=4)
+    return DecodeTiles(split, stages=4)
 
 
 def matmul(x_MK, w_LNK, w_scale_LNG, layer, *, device: Device, choice=None, interpret):

@@ -59,8 +59,8 @@ def grouped_matmul(
     With a `layer`, weights, scales and zeros are stacked, [L, E, N, K] and so on, and that layer's
     are read where they lie; a slice taken before the call would be a copy.
 
-    x is bfloat16 or float16, and with float weights float32 too, which impl mosaic_gpu does not
-    take. Scales and zeros are float32 or x's dtype; e4m3's are float32. `impl` None is
+    x is bfloat16 or float16; float32 too for the reference, and with float weights for
+    mosaic_tpu. Scales and zeros are float32 or x's dtype; e4m3's are float32. `impl` None is
     `choose(device)`; a named one never falls back to another. `tiles` overrides the kernel's own
     choice. Raises ValueError, naming the argument, for what does not fit or what `impl` does not
     take.
@@ -78,6 +78,8 @@ def grouped_matmul(
         scale, zero = (None if a is None else in_a_row(a) for a in (scale, zero))
     impl = impl or choose(device)
     checks.check_one_of("impl", impl, IMPLS)
+    if impl != "reference" and form.kind != "float":
+        checks.check_dtype("x_MK", x_MK, ("bfloat16", "float16"))
     if impl == "reference":
         return reference.matmul(x_MK, w_ENK, group_sizes_E, scale, zero, base)
     # Pallas takes a third of a second to import, and the reference needs none of it.
@@ -100,6 +102,4 @@ def check(x_MK, w_ENK, group_sizes_E, scale, zero) -> Form:
     checks.check_dtype("group_sizes_E", group_sizes_E, ("int32",))
     checks.check_dtype("x_MK", x_MK, FLOATS)
     checks.check_dtype("w_ENK", w_ENK, (x_MK.dtype, "int8", "int4", "uint4", "float8_e4m3fn"))
-    if w_ENK.dtype != x_MK.dtype:
-        checks.check_dtype("x_MK", x_MK, ("bfloat16", "float16"))
     return form_of(x_MK, w_ENK, scale, zero)

@@ -13,6 +13,7 @@ from pallas_kernels.cases import Work
 from pallas_kernels.devices import Device, Impl
 from pallas_kernels.grouped_matmul import choose, grouped_matmul
 from pallas_kernels.grouped_matmul.weights import BLOCK, form_of
+from pallas_kernels.grouped_matmul.weights import tuning_key as key_of
 
 BF16 = jnp.dtype(jnp.bfloat16)
 F16 = jnp.dtype(jnp.float16)
@@ -150,11 +151,22 @@ def call(case: Case, impl: Impl, device: Device, *, interpret: Any = False, tile
     return run
 
 
+def _abstract(case: Case) -> tuple:
+    """`inputs` of one layer."""
+    one_layer = case._replace(layers=0)
+    return jax.eval_shape(lambda key: inputs(one_layer, key, "reference"), jax.random.key(0))
+
+
+def tuning_key(case: Case, device: Device) -> str:
+    del device
+    x, w, _, scale, zero = _abstract(case)
+    return key_of(x, w, len(case.sizes), scale, form_of(x, w, scale, zero))
+
+
 def candidates(case: Case, device: Device) -> tuple[Any, ...]:
     """Tiles worth timing, the kernel's own choice first; some may not fit in SMEM or VMEM."""
-    key, E = jax.random.key(0), len(case.sizes)
-    one_layer = case._replace(layers=0)
-    x, w, _, scale, zero = jax.eval_shape(lambda k: inputs(one_layer, k, "reference"), key)
+    E = len(case.sizes)
+    x, w, _, scale, zero = _abstract(case)
     impl = impls(case, device)[0]
     if impl == "reference":
         return ()
@@ -164,7 +176,9 @@ def candidates(case: Case, device: Device) -> tuple[Any, ...]:
         own = kernel.choose_tiles(x, w, E, form, device)
         sweep = itertools.product((32, 64, 128, 256), (128, 256, 512, 1024, 2048))
         return tuple(dict.fromkeys((own, *(kernel.Tiles(*t) for t in sweep if t[1] <= case.N))))
-    own = kernel.choose_tiles(x, w, E, scale, zero, form, device)
+    from pallas_kernels.grouped_matmul import mosaic_gpu_tiles
+
+    own = mosaic_gpu_tiles.choose_tiles(x, w, E, scale, zero, form, device)
     sweep = [
         own._replace(rows=rows, warpgroups=warpgroups, stages=stages, side=side)
         for rows, warpgroups, stages, side in itertools.product(

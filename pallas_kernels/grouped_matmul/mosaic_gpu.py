@@ -36,7 +36,7 @@ from pallas_kernels.grouped_matmul.mosaic_gpu_tiles import (
     ALIGN,
     OUT,
     Tiles,
-    choose_tiles,
+    best_tiles,
     groups_of_step,
 )
 from pallas_kernels.grouped_matmul.weights import BLOCK, Form
@@ -60,7 +60,7 @@ def matmul(
     check(x_MK, w_ENK)
     (M, K), N, dtype = x_MK.shape, w_ENK.shape[1], x_MK.dtype
     E = group_sizes_E.shape[0]
-    tiles = tiles or choose_tiles(x_MK, w_ENK, E, scale, zero, form, device)
+    tiles = tiles or best_tiles(x_MK, w_ENK, E, scale, zero, form, device)
     tile = row_tiles(group_sizes_E, M, tiles.rows, ALIGN)
     # TMA loads boxes of `rows` rows, swizzled by 8: a copy of x, but only where M is odd or small.
     pad = max(tiles.rows - M, -M % ALIGN)

@@ -5,7 +5,8 @@ from typing import NamedTuple
 import jax
 
 from pallas_kernels.devices import Device
-from pallas_kernels.grouped_matmul.weights import Form
+from pallas_kernels.grouped_matmul.weights import Form, tuning_key
+from pallas_kernels.tuning import tuned
 
 OUT = 64  # output features of a piece of y on its way out: a swizzle of 128 bytes
 ALIGN = 8  # rows of a swizzle: where a row tile may start
@@ -41,6 +42,12 @@ def choose_tiles(x_MK, w_ENK, E: int, scale, zero, form: Form, device: Device) -
     free = device.scratch_bytes - warpgroups * rows * OUT * x_MK.dtype.itemsize
     free -= SMALL_BYTES[form.kind not in ("float", "int4")]
     return tiles._replace(stages=min(free // _stage_bytes(form, tiles, w_ENK, scale, zero), 8))
+
+
+def best_tiles(x_MK, w_ENK, E: int, scale, zero, form: Form, device: Device) -> Tiles:
+    """Those measured fastest, else what seems so."""
+    measured = tuned("grouped_matmul", device, tuning_key(x_MK, w_ENK, E, scale, form), Tiles)
+    return measured or choose_tiles(x_MK, w_ENK, E, scale, zero, form, device)
 
 
 def _stage_bytes(form: Form, tiles: Tiles, w_ENK, scale, zero) -> int:

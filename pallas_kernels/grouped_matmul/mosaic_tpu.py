@@ -30,7 +30,8 @@ from pallas_kernels.checks import check_dtype, check_multiple
 from pallas_kernels.devices import Device, MiB
 from pallas_kernels.fp8_matmul.reference import round_to_e4m3, scale_of
 from pallas_kernels.grouped_matmul.metadata import tile_visits
-from pallas_kernels.grouped_matmul.weights import BLOCK, Form
+from pallas_kernels.grouped_matmul.weights import BLOCK, Form, tuning_key
+from pallas_kernels.tuning import tuned
 
 LANES = 128
 SUBLANES = 32  # rows that any dtype's tiles divide
@@ -54,6 +55,12 @@ def choose_tiles(x_MK, w_ENK, E: int, form: Form, device: Device) -> Tiles:
     return Tiles(rows, _block_of(N, min(limit, 2048)))
 
 
+def best_tiles(x_MK, w_ENK, E: int, scale, form: Form, device: Device) -> Tiles:
+    """Those measured fastest, else what seems so."""
+    measured = tuned("grouped_matmul", device, tuning_key(x_MK, w_ENK, E, scale, form), Tiles)
+    return measured or choose_tiles(x_MK, w_ENK, E, form, device)
+
+
 def _block_of(N: int, limit: int) -> int:
     """The largest multiple of 128 up to `limit` that divides N, unless that is far smaller."""
     limit = min(limit, -(-N // LANES) * LANES)
@@ -69,7 +76,7 @@ def matmul(
     check_multiple("K of w_ENK", w_ENK.shape[2], 64, why="mosaic_tpu cuts lanes there")
     (M, K), N, dtype = x_MK.shape, w_ENK.shape[1], x_MK.dtype
     E = group_sizes_E.shape[0]
-    tiles = tiles or choose_tiles(x_MK, w_ENK, E, form, device)
+    tiles = tiles or best_tiles(x_MK, w_ENK, E, scale, form, device)
     visits = tile_visits(group_sizes_E, M, tiles.rows)
     experts = (base + visits.expert_V, base + visits.weights_V)
     of_tile = lambda n, v, expert, weights, tile, *_: (tile[v], 0)

@@ -2,7 +2,10 @@
 
 from typing import Literal, NamedTuple
 
+import jax.numpy as jnp
+
 from pallas_kernels import checks
+from pallas_kernels.tuning import key, up_to
 
 BLOCK = 128  # of N and of K, under one scale of block e4m3
 GROUPS = (32, 64, 128)  # of K under one int4 scale; or all of K
@@ -21,6 +24,15 @@ class Form(NamedTuple):
     @property
     def scales_vary_over_k(self) -> bool:
         return self.kind in ("int4", "fp8_block")
+
+
+def tuning_key(x_MK, w_ENK, E: int, scale, form: Form) -> str:
+    """What decides tiles; of a stack w_ENK has more than E experts."""
+    name = lambda a: "none" if a is None else jnp.dtype(a.dtype).name
+    return key(
+        M=up_to(x_MK.shape[0]), E=E, N=w_ENK.shape[1], K=w_ENK.shape[2], form=form.kind,
+        group=form.group, x=name(x_MK), w=name(w_ENK), scale=name(scale),
+    )  # fmt: skip
 
 
 def form_of(x_MK, w_ENK, scale, zero) -> Form:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from functools import partial
-from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +9,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.cases import Work
 from pallas_kernels.devices import Device, Impl
-from pallas_kernels.int4_matmul import choose, int4_matmul, mosaic_gpu
+from pallas_kernels.int4_matmul import choose, int4_matmul
 from pallas_kernels.int4_matmul import tiles as tiling
 from pallas_kernels.int4_matmul.mosaic_tpu import Tiles as TpuTiles
 from pallas_kernels.int4_matmul.tiles import Tiles
@@ -90,13 +89,6 @@ MODEL_CASES = (
 )
 
 
-def peak(n: int) -> float:
-    """The median of the largest of n normal numbers' sizes. Inputs are scaled for a largest
-    output of about 1.75, high between two powers of two: there the last bit of a 16-bit output,
-    which the order of a sum may flip, is a small part of it."""
-    return NormalDist().inv_cdf(1 - 0.35 / n)
-
-
 def inputs(case: Case, key: jax.Array, impl: Impl) -> tuple[jax.Array, ...]:
     """x, w, scale and, with zeros, zero."""
     del impl
@@ -106,7 +98,7 @@ def inputs(case: Case, key: jax.Array, impl: Impl) -> tuple[jax.Array, ...]:
     signed = jnp.uint4 if case.zeros else jnp.int4
     L = () if case.layers is None else (case.layers,)
     w_NK = jax.lax.bitcast_convert_type(_nibbles(w_key, (*L, N, K)), signed)
-    amplitude = 1.75 / (K**0.5 * (6.5 if case.zeros else 4.6) * peak(M * N))
+    amplitude = 1 / (K**0.5 * (6.5 if case.zeros else 4.6))  # for outputs of about 1
     scale_GN = jax.random.uniform(s_key, (*L, G, N), jnp.float32, 0.5, 1.5) * amplitude
     scale_GN = scale_GN.astype(case.scale)
     if not case.zeros:
@@ -140,11 +132,22 @@ def work(case: Case) -> Work:
     return Work(2 * M * N * K, N * K // 2 + (M * K + M * N) * 2 + scales, N * K * 2)
 
 
-def candidates(case: Case, device: Device) -> list[Tiles]:
-    """Tiles that a benchmark should compare on a GPU, the most promising first."""
+def problem_of(case: Case) -> tiling.Problem:
     stacked = case._replace(layers=case.layers or 1)
     shapes = jax.eval_shape(lambda key: inputs(stacked, key, "mosaic_gpu"), jax.random.key(0))
-    problem = mosaic_gpu.problem_of(*shapes, *([] if case.zeros else [None]))
+    return tiling.problem_of(*shapes, *([] if case.zeros else [None]))
+
+
+def tuning_key(case: Case, device: Device) -> str:
+    del device
+    return tiling.tuning_key(problem_of(case))
+
+
+def candidates(case: Case, device: Device) -> list[Tiles]:
+    """Tiles that a benchmark should compare on a GPU, the most promising first."""
+    if impls(case, device) != ("mosaic_gpu",):
+        return []
+    problem = problem_of(case)
     return sorted(
         tiling.candidates(problem, device), key=lambda t: tiling.cycles(t, problem, device)
     )

@@ -32,15 +32,9 @@ from pallas_kernels.hopper import (
     swizzled,
 )
 from pallas_kernels.int4_matmul import tiles as tiling
-from pallas_kernels.int4_matmul.tiles import PRODUCER_REGISTERS, Problem, Tiles
+from pallas_kernels.int4_matmul.tiles import PRODUCER_REGISTERS, Tiles, problem_of
 
 SNAKE = 8  # token tiles that blocks running together walk through: their x stays in L2
-
-
-def problem_of(x_MK, w_LNK, scale_LGN, zero_LGN) -> Problem:
-    (M, K), N, G = x_MK.shape, w_LNK.shape[1], scale_LGN.shape[1]
-    bits = jnp.iinfo(w_LNK.dtype).bits
-    return Problem(M, N, K, G, bits, x_MK.dtype, scale_LGN.dtype, zero_LGN is not None)
 
 
 def matmul(
@@ -51,7 +45,7 @@ def matmul(
     check_multiple("K", K, 64, why="the narrowest swizzle of int4 has 64 columns")
     check_multiple("N", N, WARPGROUP_ROWS, why="a warpgroup multiplies 64 output features")
     problem = problem_of(x_MK, w_LNK, scale_LGN, zero_LGN)
-    t = tiles or tiling.choose(problem, device)
+    t = tiles or tiling.best_tiles(problem, device)
     tiling.check(t, problem, device)
     x_MK = jnp.pad(x_MK, ((0, -M % t.tokens), (0, 0)))
     if zero_LGN is not None:

@@ -20,6 +20,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.checks import check_multiple
 from pallas_kernels.devices import Device, MiB
+from pallas_kernels.int4_matmul.tiles import Problem, op_of, problem_of, tuning_key
+from pallas_kernels.tuning import tuned
 
 LANES = 128
 SUBLANES = 16  # of a packed pair of bfloat16 tiles
@@ -47,13 +49,19 @@ def choose_tiles(M: int, N: int, K: int, group: int) -> Tiles:
     return Tiles(tokens, largest_divisor(N, 2048, LANES), largest_divisor(K, 1024, unit), few)
 
 
+def best_tiles(p: Problem, device: Device) -> Tiles:
+    """Those measured fastest, else what seems so."""
+    measured = tuned(op_of(p), device, tuning_key(p), Tiles)
+    return measured or choose_tiles(p.M, p.N, p.K, p.K // p.G)
+
+
 def matmul(
     x_MK, w_LNK, scale_LGN, zero_LGN, layer_1, *, device: Device, tiles: Tiles | None, interpret
 ):  # fmt: skip
-    (M, K), N, G, dtype = x_MK.shape, w_LNK.shape[1], scale_LGN.shape[1], x_MK.dtype
+    (M, K), N, dtype = x_MK.shape, w_LNK.shape[1], x_MK.dtype
     check_multiple("K", K, LANES, why="blocks are whole lanes")
     check_multiple("N", N, LANES, why="blocks are whole lanes")
-    t = tiles or choose_tiles(M, N, K, K // G)
+    t = tiles or best_tiles(problem_of(x_MK, w_LNK, scale_LGN, zero_LGN), device)
     x_MK = jnp.pad(x_MK, ((0, -M % t.tokens), (0, 0)))
     if dtype == jnp.float16:  # the matrix unit has no float16
         x_MK, scale_LGN = x_MK.astype(jnp.bfloat16), scale_LGN.astype(jnp.float32)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from pallas_kernels.checks import check_multiple, check_one_of
 from pallas_kernels.devices import Device
 from pallas_kernels.hopper import WARPGROUP_ROWS
+from pallas_kernels.tuning import key, tuned, up_to
 
 PRODUCER_REGISTERS = 32
 MAX_TOKENS = 256  # columns of one wgmma
@@ -41,6 +42,24 @@ class Problem(NamedTuple):
     x_dtype: Any
     scale_dtype: Any
     zeros: bool
+
+
+def problem_of(x_MK, w_LNK, scale_LGN, zero_LGN) -> Problem:
+    (M, K), N, G = x_MK.shape, w_LNK.shape[1], scale_LGN.shape[1]
+    bits = jnp.iinfo(w_LNK.dtype).bits
+    return Problem(M, N, K, G, bits, x_MK.dtype, scale_LGN.dtype, zero_LGN is not None)
+
+
+def op_of(p: Problem) -> str:
+    """Whose tables serve it."""
+    return {4: "int4_matmul", 8: "int8_matmul"}[p.bits]
+
+
+def tuning_key(p: Problem) -> str:
+    return key(
+        M=up_to(p.M), N=p.N, K=p.K, group=p.K // p.G, x=jnp.dtype(p.x_dtype).name,
+        scale=jnp.dtype(p.scale_dtype).name, zeros=int(p.zeros),
+    )  # fmt: skip
 
 
 class Tiles(NamedTuple):
@@ -187,3 +206,8 @@ def choose(p: Problem, device: Device) -> Tiles:
     if not found:
         raise ValueError(f"K is {p.K} and N is {p.N}: no tiles of the kernel cover them")
     return min(found, key=lambda t: cycles(t, p, device))
+
+
+def best_tiles(p: Problem, device: Device) -> Tiles:
+    """Those measured fastest, else the cheapest by the count."""
+    return tuned(op_of(p), device, tuning_key(p), Tiles) or choose(p, device)

@@ -11,7 +11,6 @@ from pallas_kernels.cases import Work
 from pallas_kernels.devices import Device, Impl, mosaic
 from pallas_kernels.int4_matmul import mosaic_tpu
 from pallas_kernels.int4_matmul import tiles as tiling
-from pallas_kernels.int4_matmul.cases import peak
 from pallas_kernels.int4_matmul.tiles import Tiles
 from pallas_kernels.int8_matmul import Activations, choose, int8_grouped_matmul, int8_matmul
 
@@ -70,7 +69,7 @@ def inputs(case: Case, key: jax.Array, impl: Impl) -> tuple[jax.Array, ...]:
     x_MK = jax.random.normal(x_key, (M, K), case.dtype)
     L = () if case.layers is None else (case.layers,)
     w_NK = jax.lax.bitcast_convert_type(jax.random.bits(w_key, (*L, N, K), jnp.uint8), jnp.int8)
-    amplitude = 1.75 / (K**0.5 * 74 * peak(M * N))
+    amplitude = 1 / (K**0.5 * 74)  # for outputs of about 1
     shape = (*L, N) if case.group is None else (*L, K // case.group, N)
     scale = jax.random.uniform(s_key, shape, jnp.float32, 0.5, 1.5) * amplitude
     return x_MK, w_NK, scale if case.group is None else scale.astype(case.dtype)
@@ -103,12 +102,23 @@ def work(case: Case) -> Work:
     return Work(2 * M * N * K, N * K + (M * K + M * N) * 2 + scales, copy)
 
 
-def candidates(case: Case, device: Device) -> list[Tiles]:
-    """Tiles that a benchmark should compare on a GPU, the most promising first."""
+def problem_of(case: Case) -> tiling.Problem:
     groups, scale = (1, "float32") if case.group is None else (case.K // case.group, case.dtype)
-    problem = tiling.Problem(
+    return tiling.Problem(
         case.M, case.N, case.K, groups, 8, jnp.dtype(case.dtype), jnp.dtype(scale), False
     )
+
+
+def tuning_key(case: Case, device: Device) -> str:
+    del device
+    return tiling.tuning_key(problem_of(case))
+
+
+def candidates(case: Case, device: Device) -> list[Tiles]:
+    """Tiles that a benchmark should compare on a GPU, the most promising first."""
+    if impls(case, device) != ("mosaic_gpu",):
+        return []
+    problem = problem_of(case)
     return sorted(
         tiling.candidates(problem, device), key=lambda t: tiling.cycles(t, problem, device)
     )

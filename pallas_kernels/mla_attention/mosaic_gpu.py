@@ -28,9 +28,12 @@ from pallas_kernels.devices import Device
 from pallas_kernels.mla_attention import mosaic_gpu_kernel as kernel
 from pallas_kernels.mla_attention import mosaic_gpu_schedule as schedule
 from pallas_kernels.mla_attention import reference
-from pallas_kernels.mla_attention.layout import Pages
+from pallas_kernels.mla_attention.layout import Pages, tuning_key
 from pallas_kernels.mla_attention.mosaic_gpu_kernel import PAGE, ROWS
 from pallas_kernels.mla_attention.mosaic_gpu_merge import merge
+from pallas_kernels.tuning import tuned
+
+PARTIAL_BYTES = 2**28  # of results of units: what a candidate may take
 
 
 class Tiles(NamedTuple):
@@ -41,6 +44,25 @@ class Tiles(NamedTuple):
 def tiles(heads: int, device: Device) -> Tiles:
     """One block for each multiprocessor: its SMEM holds one."""
     return Tiles(parts=max(device.cores // max(heads // ROWS, 1), 1), unit_pages=None)
+
+
+def best_tiles(name: str, heads: int, device: Device) -> Tiles:
+    """Those measured fastest for the key `name`, else one block for each multiprocessor."""
+    return tuned("mla_attention", device, name, Tiles) or tiles(heads, device)
+
+
+def candidates(T: int, N: int, C: int, M: int, decode_only: bool, device: Device) -> list[Tiles]:
+    """Worth timing, the kernel's own choice first: other cuts of long rows, and two blocks one
+    after the other for each multiprocessor, which evens out what differs between them."""
+    heads = padded_heads(N)
+    own = tiles(heads, device)
+    queries, head_tiles = tile_of(heads, decode_only)
+    items = schedule.num_items(T, 0, queries, decode_only)
+    # Parts of results, float32, in device memory.
+    room = lambda pages: items * -(-M // pages) * head_tiles * ROWS * C * 4
+    cuts = [n for n in (8, 16, 24, 32, 48, 64, 128, 256) if n <= M and room(n) <= PARTIAL_BYTES]
+    more = own._replace(parts=2 * own.parts)
+    return [own, *(own._replace(unit_pages=n) for n in cuts), more]
 
 
 def refuse(*, page_size: int, latent_dim: int, rope_dim: int, dtype) -> str | None:
@@ -65,7 +87,8 @@ def write_and_attend(
     heads = padded_heads(N)
     room = ((0, 0), (0, heads - N), (0, 0))
     flat = lambda x: jnp.pad(x, room).reshape(T * heads, x.shape[2])
-    chosen = chosen or tiles(heads, device)
+    name = tuning_key(q_TNC, q_TNH, kv_LPSD, ragged.pages_RM.shape[1], decode_only)
+    chosen = chosen or best_tiles(name, heads, device)
     o_XC = attend(
         flat(q_TNC), flat(q_TNH), kv_LPSD, layer, ragged, heads=heads, scale=scale,
         decode_only=decode_only, tiles=chosen, interpret=interpret,
@@ -78,11 +101,16 @@ def padded_heads(N: int) -> int:
     return next((n for n in (8, 16, 32) if n >= N), -(-N // ROWS) * ROWS)
 
 
+def tile_of(heads: int, decode_only: bool) -> tuple[int, int]:
+    """(queries of a tile, tiles of a query)."""
+    return 1 if decode_only else max(ROWS // heads, 1), max(heads // ROWS, 1)
+
+
 def attend(q_XC, q_XH, kv_LPSD, layer, ragged, *, heads, scale, decode_only, tiles, interpret):
     """X = T * heads rows of queries."""
     (X, C), D = q_XC.shape, kv_LPSD.shape[-1]
     # A decode tile has one query; its other rows, of few heads, are never written nor read.
-    queries, head_tiles = 1 if decode_only else max(ROWS // heads, 1), max(heads // ROWS, 1)
+    queries, head_tiles = tile_of(heads, decode_only)
     items = schedule.items(
         ragged, tokens=X // heads, queries=queries, page_size=PAGE, decode_only=decode_only
     )

@@ -21,8 +21,9 @@ from pallas_kernels.devices import Device
 from pallas_kernels.mla_attention import mosaic_tpu_decode as decode
 from pallas_kernels.mla_attention import mosaic_tpu_prefill as prefill
 from pallas_kernels.mla_attention import reference
-from pallas_kernels.mla_attention.layout import FP8, LANES, Pages
+from pallas_kernels.mla_attention.layout import FP8, LANES, Pages, tuning_key
 from pallas_kernels.mla_attention.mosaic_tpu_common import Scalars, Shapes, Tiles
+from pallas_kernels.tuning import tuned
 
 LEAST_HEADS = 16  # of a register tile of 16-bit numbers; fewer are filled up
 
@@ -32,6 +33,30 @@ def tiles(heads: int, device: Device) -> Tiles:
     whose scores are prefill_rows times as large."""
     del device  # the same for all: VMEM is large enough
     return Tiles(decode_tokens=1024, prefill_tokens=512, prefill_rows=max(1024, heads))
+
+
+def best_tiles(name: str, heads: int, device: Device) -> Tiles:
+    """Those measured fastest for the key `name`, else what seems so."""
+    return tuned("mla_attention", device, name, Tiles) or tiles(heads, device)
+
+
+def candidates(N: int, C: int, decode_only: bool, device: Device) -> list[Tiles]:
+    """Worth timing, the kernel's own choice first, of the phase's fields."""
+    own = tiles(padded_heads(N), device)
+    if decode_only:
+        return [own, *(own._replace(decode_tokens=n) for n in (512, 2048))]
+    # Of a row: queries, sum and output, and the scores of a block and their exponents.
+    room = lambda t: t.prefill_rows * (8 * C + 2048 + 10 * t.prefill_tokens)
+    sweep = [
+        own._replace(prefill_rows=rows, prefill_tokens=tokens)
+        for rows in (own.prefill_rows, own.prefill_rows // 2, own.prefill_rows * 2)
+        for tokens in (512, 256, 1024)
+    ]
+    return list(dict.fromkeys((own, *(t for t in sweep if room(t) <= device.scratch_bytes // 2))))
+
+
+def padded_heads(N: int) -> int:
+    return -(-N // LEAST_HEADS) * LEAST_HEADS
 
 
 def granule(dtype) -> int:
@@ -60,7 +85,8 @@ def write_and_attend(
     (N, C), H, (S, D) = q_TNC.shape[1:], q_TNH.shape[2], kv_LPSD.shape[2:]
     if q_TNC.dtype != jnp.bfloat16:
         raise ValueError(f"q_TNC is {q_TNC.dtype}; impl mosaic_tpu takes bfloat16")
-    heads = -(-N // LEAST_HEADS) * LEAST_HEADS
+    heads = padded_heads(N)
+    name = tuning_key(q_TNC, q_TNH, kv_LPSD, ragged.pages_RM.shape[1], decode_only)
     # 8-bit numbers are scaled once, with q and the output.
     one = jnp.float32(1) if kv_scale is None else kv_scale
     widen = lambda x, lanes: jnp.pad(x, ((0, 0), (0, heads - N), (0, lanes)))
@@ -74,7 +100,7 @@ def write_and_attend(
         ragged.kv_len_R, ragged.start_R, ragged.pages_RM.reshape(-1), jnp.reshape(one, (1,)),
     )  # fmt: skip
     options: dict[str, Any] = {
-        "shapes": shapes, "tiles": chosen or tiles(heads, device), "device": device,
+        "shapes": shapes, "tiles": chosen or best_tiles(name, heads, device), "device": device,
         "interpret": interpret,
     }  # fmt: skip
     o_TNC, kv_LPSD = decode.run(scalars, q_TNC, q_TNH, new_TD, kv_LPSD, **options)

@@ -15,10 +15,11 @@ from pallas_kernels import checks
 from pallas_kernels.devices import Device, Impl, mosaic
 from pallas_kernels.paged_attention import reference
 from pallas_kernels.paged_attention.layout import FP8, PackedPages, Pages, Ragged, Scales
+from pallas_kernels.paged_attention.tiles import PhaseTiles
 
 __all__ = [
-    "Impl", "PackedPages", "Pages", "Ragged", "Scales", "cache_shapes", "choose", "heads_axis",
-    "write_and_attend",
+    "Impl", "PackedPages", "Pages", "PhaseTiles", "Ragged", "Scales", "cache_shapes", "choose",
+    "heads_axis", "write_and_attend",
 ]  # fmt: skip
 
 IMPLS: tuple[Impl, ...] = ("reference", "mosaic_gpu", "mosaic_tpu")
@@ -85,6 +86,7 @@ def write_and_attend(
     kv_scales: Scales | None = None,
     device: Device,
     impl: Impl | None = None,
+    tiles: PhaseTiles | None = None,
     interpret: Any = False,
 ) -> tuple[Float[Array, "T N H"], Pages | PackedPages]:
     """Write k and v of the step's tokens into `layer` of the cache, then attend to it.
@@ -99,8 +101,9 @@ def write_and_attend(
     cache holds value / kv_scales, cut to ±448. It is updated in place when its buffers are
     donated. Outputs of padding tokens are finite and meaningless.
 
-    `impl` None is `choose(device, ...)`; a named one never falls back to another. Raises
-    ValueError, naming the argument, for what does not fit or what `impl` does not take.
+    `impl` None is `choose(device, ...)`; a named one never falls back to another. `tiles` replace
+    a kernel's own choice. Raises ValueError, naming the argument, for what does not fit or what
+    `impl` does not take.
     """
     dtype, page_size = jax.tree.leaves(pages)[0].dtype, jax.tree.leaves(pages)[0].shape[-2]
     if isinstance(pages, PackedPages):
@@ -121,7 +124,7 @@ def write_and_attend(
     _refuse(impl, page_size=page_size, head_dim=q_TNH.shape[-1], dtype=dtype)
     return _kernel(impl).write_and_attend(
         q_TNH, k_TKH, v_TKH, pages, layer, page_T, slot_T, ragged,
-        **options, device=device, interpret=interpret,
+        **options, device=device, tiles=tiles or PhaseTiles(None, None), interpret=interpret,
     )  # fmt: skip
 
 

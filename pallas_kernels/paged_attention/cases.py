@@ -1,7 +1,7 @@
 """The shapes that tests, the compile gate, benchmarks and tuning all run; see
 pallas_kernels/cases.py for the names. Add one here, get all four."""
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,16 +12,19 @@ from pallas_kernels.devices import Device, Impl
 from pallas_kernels.paged_attention import (
     PackedPages,
     Pages,
+    PhaseTiles,
     Ragged,
     Scales,
     choose,
     write_and_attend,
 )
+from pallas_kernels.paged_attention import tiles as tiling
 from pallas_kernels.paged_attention.layout import FP8
 
 FULL = 2**30  # a window that never ends
 UNREAD = 1e4  # what every slot holds that nobody may read; 8-bit caches hold at most 448
 LAYERS, LAYER = 2, 1  # of the cache, and the one that is used
+CANDIDATES = 12  # tile choices of a case
 DONATED = (3,)  # the pages among `inputs`: a step updates them in place
 BF16 = jnp.dtype(jnp.bfloat16)
 F32 = jnp.dtype(jnp.float32)
@@ -123,6 +126,11 @@ def num_tokens(case: Case) -> int:
     return sum(case.queries)
 
 
+def phase(case: Case) -> Literal["decode", "prefill"]:
+    """Which of the kernel's programs the case is about: decode's where it has no other rows."""
+    return "decode" if num_decodes(case) == len(case.queries) else "prefill"
+
+
 def impls(case: Case, device: Device) -> tuple[Impl, ...]:
     best = choose(device, page_size=case.S, head_dim=case.H, dtype=case.kv_dtype or case.dtype)
     return (best if case.dtype != F32 else "reference",)
@@ -201,26 +209,77 @@ def _inputs(case: Case, key: jax.Array, impl: Impl) -> tuple:
     )  # fmt: skip
 
 
-def call(case: Case, impl: Impl, device: Device, *, interpret: Any = False):
-    """The step on `inputs`: (o_TNH, pages); the reference's in float32, since a kernel is judged
-    by its own rounding alone and not by both."""
+def call(
+    case: Case, impl: Impl, device: Device, *, interpret: Any = False, tiles: Any = None
+):  # fmt: skip
+    """The step on `inputs`: (o_TNH, pages). `tiles` are those of the case's `phase`."""
+    chosen = None
+    if tiles is not None:
+        chosen = PhaseTiles(None, None)._replace(**{phase(case): tiles})
 
     def run(q, k, v, pages, layer, page_T, slot_T, ragged, window, sinks, alibi, kv_scales):
         if impl == "mosaic_tpu" and not interpret:
             window = case.window  # its cost estimate knows the window only where it is static
-        if impl == "reference":
-            q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
-            if case.kv_dtype is None:
-                pages = jax.tree.map(lambda x: x.astype(jnp.float32), pages)
         return write_and_attend(
             q, k, v, pages, layer, page_T, slot_T, ragged,
             window=window, scale=case.scale or case.H**-0.5, softcap=case.softcap,
             sinks_N=sinks, alibi_N=alibi, kv_scales=kv_scales,
-            decode_only=num_decodes(case) == len(case.queries),
-            device=device, impl=impl, interpret=interpret,
+            decode_only=phase(case) == "decode",
+            device=device, impl=impl, tiles=chosen, interpret=interpret,
         )  # fmt: skip
 
     return run
+
+
+def tuning_key(case: Case, device: Device) -> str:
+    if device.platform == "tpu":
+        from pallas_kernels.paged_attention import mosaic_tpu_tiles
+
+        return mosaic_tpu_tiles.key_of(_tpu_program(case, device), _count(case), case.window)
+    return tiling.tuning_key(phase(case), _count(case), _shape(case), None)
+
+
+def candidates(case: Case, device: Device) -> tuple:
+    """Tiles worth timing for the case's phase, the kernel's own choice first."""
+    impl = impls(case, device)[0]
+    if impl == "mosaic_gpu":
+        from pallas_kernels.paged_attention import mosaic_gpu_tiles as gpu
+
+        found = gpu.decode_candidates if phase(case) == "decode" else gpu.prefill_candidates
+        return found(_shape(case), device)[:CANDIDATES]
+    if impl == "mosaic_tpu":
+        from pallas_kernels.paged_attention import mosaic_tpu_tiles as tpu
+
+        program = _tpu_program(case, device)
+        if phase(case) == "decode":
+            return tpu.decode_candidates(program, case.window, device)[:CANDIDATES]
+        how = (program, _count(case), case.window, device)
+        return tpu.prefill_candidates(*how)[:CANDIDATES]
+    return ()
+
+
+def _count(case: Case) -> int:
+    """Of what decides the tiles: rows of a decode, tokens of a prefill; with padding."""
+    rows = len(case.queries) if phase(case) == "decode" else num_tokens(case)
+    return rows + case.padding
+
+
+def _shape(case: Case) -> tiling.Shape:
+    return tiling.Shape(
+        case.N, case.K, case.H, case.S, case.dtype, jnp.dtype(case.kv_dtype or case.dtype)
+    )
+
+
+def _tpu_program(case: Case, device: Device):
+    from pallas_kernels.paged_attention import mosaic_tpu
+
+    decode = mosaic_tpu.program(
+        N=case.N, K=case.K, H=case.H, S=case.S, M=layout(case).ragged.pages_RM.shape[1],
+        cores=device.cores, dtype=case.dtype, kv_dtype=_shape(case).kv_dtype,
+        scale=case.scale or case.H**-0.5, softcap=case.softcap, sinks=case.sinks,
+        alibi=case.alibi, kv_scales=case.kv_dtype == FP8, interpret=False,
+    )  # fmt: skip
+    return decode if phase(case) == "decode" else mosaic_tpu.prefill_of(decode)
 
 
 def comparable(case: Case, output: tuple) -> tuple:
@@ -237,10 +296,7 @@ def comparable(case: Case, output: tuple) -> tuple:
     used[0] = False
     used = jnp.asarray(used)[None, :, None, :, None]
     clean = lambda x: jnp.where(used, x.astype(jnp.float32), 0.0)
-    # float16 holds every bfloat16 output and, to 2^-11, what is not rounded yet.
-    o_TNH = o_TNH[: num_tokens(case)]
-    o_TNH = o_TNH.astype(jnp.float16) if case.dtype != F32 else o_TNH
-    return o_TNH, clean(pages.k_LPKSH), clean(pages.v_LPKSH)
+    return o_TNH[: num_tokens(case)], clean(pages.k_LPKSH), clean(pages.v_LPKSH)
 
 
 def seen(case: Case) -> int:

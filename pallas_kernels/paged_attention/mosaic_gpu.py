@@ -5,7 +5,7 @@ mosaic_gpu_prefill.py, which the matrix units bound. Each wants the queries of a
 so that a tile of them is one contiguous piece; XLA fuses these copies with whatever makes q.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,18 +13,15 @@ import jax.numpy as jnp
 from pallas_kernels.devices import Device
 from pallas_kernels.paged_attention.layout import FP8, Pages, Ragged
 from pallas_kernels.paged_attention.mosaic_gpu_blocks import LOG2E, compute_dtype
-from pallas_kernels.paged_attention.mosaic_gpu_decode import DecodeTiles, decode
-from pallas_kernels.paged_attention.mosaic_gpu_prefill import TILE, PrefillTiles, prefill
+from pallas_kernels.paged_attention.mosaic_gpu_decode import decode
+from pallas_kernels.paged_attention.mosaic_gpu_prefill import TILE, prefill
+from pallas_kernels.paged_attention.mosaic_gpu_tiles import best_decode, best_prefill
 from pallas_kernels.paged_attention.reference import stored
+from pallas_kernels.paged_attention.tiles import PhaseTiles, Shape
 
 PAGE_SIZES = (16, 32, 64, 128)
 DTYPES = (jnp.bfloat16, jnp.float16, FP8)
 MOST_GROUP = 64  # query heads of a kv head
-
-
-class Tiles(NamedTuple):
-    decode: DecodeTiles
-    prefill: PrefillTiles
 
 
 def refuse(*, page_size: int, head_dim: int, dtype: Any) -> str | None:
@@ -38,38 +35,10 @@ def refuse(*, page_size: int, head_dim: int, dtype: Any) -> str | None:
     return None
 
 
-def tiles(device: Device, *, page_size: int, head_dim: int, dtype: Any, group: int) -> Tiles:
-    """As many bytes on their way as SMEM holds."""
-    fp8 = jnp.dtype(dtype) == FP8
-    g, values = -(-group // 8) * 8, -(-head_dim // 64) * 64
-
-    def stages(room: int, block: int, columns: int) -> tuple[int, int]:
-        """(stages, raw stages) of blocks with keys and values of `columns` in all."""
-        one = 2 * block * columns
-        if not fp8:
-            return min(room // one, 8), 0
-        raw = 2 * block * head_dim
-        count = 2 if 2 * one + 2 * raw <= room else 1
-        return count, min((room - count * one) // raw, 8)
-
-    # Decode: two thread blocks an SM where a block of keys is small enough, so that one's latencies
-    # hide behind the other. Beside its queries and probabilities a thread block has 4 KB: what the
-    # system takes of each, barriers, alignment, and room for reductions across warps.
-    each = 2 if values * g <= 128 * 16 else 1
-    block = max(page_size, 64 if head_dim > 64 else 128)
-    room = device.scratch_bytes // each - 4096 - 2 * (2 * g * head_dim + g * block)
-    decode = DecodeTiles(each * device.cores, block, *stages(room, block, head_dim + values))
-    # Prefill: 128 keys between two rescalings of the output while its accumulator leaves registers
-    # for their scores. The queries' tile stays for the whole kernel.
-    block = max(page_size, 128 if head_dim <= 128 and not fp8 else 64)
-    room = device.scratch_bytes - 2048 - 2 * TILE * head_dim
-    return Tiles(decode, PrefillTiles(block, *stages(room, block, 2 * head_dim)))
-
-
 def write_and_attend(
     q_TNH, k_TKH, v_TKH, pages: Pages, layer, page_T, slot_T, ragged: Ragged, *, window, scale,
     decode_only, softcap, sinks_N, alibi_N, kv_scales, device: Device, interpret: Any,
-    sizes: Tiles | None = None,
+    tiles: PhaseTiles,
 ):  # fmt: skip
     (T, N, H), K = q_TNH.shape, k_TKH.shape[1]
     G = N // K
@@ -85,9 +54,7 @@ def write_and_attend(
         x_TKH, mode="promise_in_bounds", unique_indices=True
     )
     pages = Pages(*map(put, pages, new))
-    sizes = sizes or tiles(
-        device, page_size=pages.k_LPKSH.shape[3], head_dim=H, dtype=kv_dtype, group=G
-    )
+    shape = Shape(N, K, H, pages.k_LPKSH.shape[3], q_TNH.dtype, kv_dtype)
     q_TKGH = _queries(q_TNH, K, compute_dtype(kv_dtype))
     heads_KG4 = _per_head(N, K, scale, kv_scales, sinks_N, alibi_N)
     options = {
@@ -98,14 +65,17 @@ def write_and_attend(
     o_RNH = decode(
         jnp.pad(q_TKGH[:R], ((0, 0), (0, 0), (0, -G % 8), (0, 0))), *pages, layer, ragged,
         jnp.pad(heads_KG4, ((0, 0), (0, -G % 8), (0, 0))).transpose(0, 2, 1),
-        G=G, tiles=sizes.decode, **options,
+        G=G, tiles=tiles.decode or best_decode(shape, R, device), **options,
     )  # fmt: skip
     if decode_only:
         return o_RNH, pages
     q_KXH = jnp.pad(
         q_TKGH.transpose(1, 0, 2, 3).reshape(K, T * G, H), ((0, 0), (0, TILE + -T * G % 8), (0, 0))
     )
-    o_TNH = prefill(q_KXH, *pages, layer, ragged, heads_KG4, T=T, tiles=sizes.prefill, **options)
+    o_TNH = prefill(
+        q_KXH, *pages, layer, ragged, heads_KG4,
+        T=T, tiles=tiles.prefill or best_prefill(shape, T, device), **options,
+    )  # fmt: skip
     # Prefill wrote every token but the decode rows'; theirs are among the first R. Without the
     # barrier XLA tries to fuse the update with the kernel's call, and fails.
     o_TNH = jax.lax.optimization_barrier(o_TNH)

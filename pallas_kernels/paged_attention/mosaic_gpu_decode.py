@@ -48,21 +48,22 @@ class DecodeTiles(NamedTuple):
     block: int  # keys
     stages: int
     raw_stages: int  # of an 8-bit cache
+    chunks: int  # of a worker, where rows are alike
 
 
 class Chunking(NamedTuple):
     """How rows are cut, from static shapes: `usual` chunks of a row and kv head give every worker
-    two when rows are alike; a chunk has at most `cap` blocks, so that a long row among short ones
-    is shared too; `slots` is the most chunks there can be."""
+    `tiles.chunks` when rows are alike; a chunk has at most `cap` blocks, so that a long row among
+    short ones is shared too; `slots` is the most chunks there can be."""
 
     usual: int
     cap: int
     slots: int
 
 
-def chunking(R: int, K: int, blocks: int, workers: int, result_bytes: int) -> Chunking:
+def chunking(R: int, K: int, blocks: int, tiles: DecodeTiles, result_bytes: int) -> Chunking:
     """For R rows of at most `blocks` blocks."""
-    usual = -(-2 * workers // (R * K))
+    usual = -(-tiles.chunks * tiles.workers // (R * K))
     most = max(usual, PARTIAL_BYTES // (result_bytes * R * K), 1)
     cap = max(-(-blocks // most), LARGE_CHUNK)
     return Chunking(usual, cap, R * K * max(usual, -(-blocks // cap)))
@@ -128,7 +129,7 @@ def decode(
     ragged = ragged._replace(pages_RM=ragged.pages_RM[:R], kv_len_R=ragged.kv_len_R[:R])
     most = -(-ragged.pages_RM.shape[1] * k_LPKSH.shape[3] // tiles.block)
     tiles = tiles._replace(workers=min(tiles.workers, R * K * -(-most // LEAST_CHUNK)))
-    cuts = chunking(R, K, most, tiles.workers, 4 * values * g)
+    cuts = chunking(R, K, most, tiles, 4 * values * g)
     table = shares(ragged, window, K=K, tiles=tiles, cuts=cuts)
     ring = Ring(
         tiles.block, k_LPKSH.shape[3], H, values, k_LPKSH.dtype, tiles.stages, tiles.raw_stages, 1

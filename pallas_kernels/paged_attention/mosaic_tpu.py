@@ -30,8 +30,10 @@ from pallas_kernels.paged_attention import mosaic_tpu_words as layout
 from pallas_kernels.paged_attention.layout import FP8, PackedPages, Pages, Ragged, Scales
 from pallas_kernels.paged_attention.mosaic_tpu_body import body
 from pallas_kernels.paged_attention.mosaic_tpu_program import Program, Tiles
+from pallas_kernels.paged_attention.mosaic_tpu_tiles import best_decode, best_prefill
 from pallas_kernels.paged_attention.mosaic_tpu_words import LANES, packing
 from pallas_kernels.paged_attention.reference import stored
+from pallas_kernels.paged_attention.tiles import PhaseTiles
 
 DTYPES = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16), FP8)
 MAX_HEAD_DIM = 256
@@ -74,36 +76,21 @@ def unpack(pages: PackedPages, *, num_kv_heads: int, head_dim: int) -> Pages:
     return Pages(*(jnp.moveaxis(x, 3, 2) for x in layout.unpack_kv(kv_LPSCpH, how)))
 
 
-def decode_tiles(program: Program, reach: int) -> Tiles:
-    """Blocks of 2 MiB, but at most 1024 tokens and no more than the `reach` of a query, in a ring
-    of 8 MiB: what is in flight covers HBM's latency, also where a row is one small block."""
-    token = LANES * 4 * program.kv.C
-    tokens = min(_power_of_two(2**21 // token), 1024, _at_least(reach))
-    tokens = max(tokens, LANES, program.S)
-    stages = max(min(_power_of_two(2**23 // (tokens * token)), 16), 2)
-    return Tiles(1, tokens, min(tokens, 512), stages)
+def program(
+    *, N: int, K: int, H: int, S: int, M: int, cores: int, dtype: Any, kv_dtype: Any, scale: float,
+    softcap: float | None, sinks: bool, alibi: bool, kv_scales: bool, interpret: bool,
+) -> Program:  # fmt: skip
+    """Decode's, before its tiles are chosen."""
+    return Program(
+        tiles=Tiles(1, S, S, 1), N=N, kv=packing(K, H, kv_dtype), q=packing(K, H, dtype), S=S, M=M,
+        cores=cores, dtype=dtype, kv_dtype=kv_dtype, scale=scale, softcap=softcap, sinks=sinks,
+        alibi=alibi, kv_scales=kv_scales, interpret=interpret,
+    )  # fmt: skip
 
 
-def prefill_tiles(program: Program, reach: int, T: int, vmem: int) -> Tiles:
-    """The most query rows of a kv head, up to 1024, that leave half of VMEM to the compiler, by
-    chunks of 512 tokens."""
-    tokens = max(min(1024, _at_least(reach)), LANES, program.S)
-    queries = max(min(_power_of_two(1024 // program.G), 256, _at_least(T)), 16)
-    while True:
-        tiles = Tiles(queries, tokens, min(tokens, 512), 2)
-        if queries == 16 or program._replace(tiles=tiles).vmem_bytes() <= vmem // 2:
-            return tiles
-        queries //= 2
-
-
-def _power_of_two(n: int) -> int:
-    """The largest up to n."""
-    return 1 << max(n, 1).bit_length() - 1
-
-
-def _at_least(n: int) -> int:
-    """The smallest power of two from n."""
-    return 1 << max(n - 1, 0).bit_length()
+def prefill_of(decode: Program) -> Program:
+    """The same call's, before its tiles are chosen."""
+    return decode._replace(tiles=decode.tiles._replace(queries=16))
 
 
 def write_and_attend(
@@ -125,10 +112,9 @@ def write_and_attend(
     kv_scales: Scales | None,
     device: Device,
     interpret: Any,
-    tiles: tuple[Tiles, Tiles] | None = None,
+    tiles: PhaseTiles,
 ) -> tuple[jax.Array, PackedPages]:
-    """As the op's write_and_attend. page_T and slot_T say what `ragged` says, and are not used.
-    `tiles` are for decode and for prefill."""
+    """As the op's write_and_attend. page_T and slot_T say what `ragged` says, and are not used."""
     checks.check_dtype("q_TNH", q_TNH, DTYPES[:2])
     (T, N, H), K, (R, M) = q_TNH.shape, k_TKH.shape[1], ragged.pages_RM.shape
     cache = pages.kv_LPSCpH
@@ -144,25 +130,22 @@ def write_and_attend(
         _run, ragged, layer, window, {k: x for k, x in constants.items() if x is not None},
         decode_only=decode_only, device=device, interpret=interpret,
     )  # fmt: skip
-    program = Program(
-        tiles=Tiles(1, S, S, 1), N=N, kv=how, q=packing(K, H, q_TNH.dtype), S=S, M=M,
-        cores=device.cores, dtype=q_TNH.dtype, kv_dtype=cache.dtype, scale=scale, softcap=softcap,
-        sinks=sinks_N is not None, alibi=alibi_N is not None, kv_scales=kv_scales is not None,
-        interpret=bool(interpret),
+    decode = program(
+        N=N, K=K, H=H, S=S, M=M, cores=device.cores, dtype=q_TNH.dtype, kv_dtype=cache.dtype,
+        scale=scale, softcap=softcap, sinks=sinks_N is not None, alibi=alibi_N is not None,
+        kv_scales=kv_scales is not None, interpret=bool(interpret),
     )  # fmt: skip
-    reach = min(M * S, window + S if isinstance(window, int) else M * S)
-    of_decode, of_prefill = tiles or (
-        decode_tiles(program, reach),
-        prefill_tiles(program, reach, T, device.scratch_bytes),
-    )
+    of_decode = tiles.decode or best_decode(decode, min(T, R), window, device)
     if interpret:
         qo_TWpH, cache = map(layout.as_words, (qo_TWpH, cache))
     first, last = ragged.num_decodes, ragged.num_rows
-    program = program._replace(tiles=of_decode)
-    qo_TWpH, cache = run(program, new_TC1H, qo_TWpH, cache, 0, first)
+    decode = decode._replace(tiles=of_decode)
+    qo_TWpH, cache = run(decode, new_TC1H, qo_TWpH, cache, 0, first)
     if not decode_only:
-        program = program._replace(tiles=of_prefill)
-        qo_TWpH, cache = run(program, new_TC1H, qo_TWpH, cache, first, last)
+        prefill = prefill_of(decode)
+        of_prefill = tiles.prefill or best_prefill(prefill, T, window, device)
+        prefill = prefill._replace(tiles=of_prefill)
+        qo_TWpH, cache = run(prefill, new_TC1H, qo_TWpH, cache, first, last)
     if interpret:
         qo_TWpH = layout.from_words(qo_TWpH, q_TNH.dtype)
         cache = layout.from_words(cache, pages.kv_LPSCpH.dtype)

@@ -11,9 +11,10 @@ from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks as gpu_interprete
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.cases import widened
 from pallas_kernels.devices import DEVICES, Impl
 
-# Largest error over the largest value of the reference.
+# Largest error over the largest value of the float32 reference, by the dtype of what is judged.
 TOLERANCE = {
     # 8 bits of mantissa: one rounding of the output is up to 2^-9 = 2e-3 of the value, and the
     # softmax's probabilities are rounded once more before their product with v.
@@ -40,13 +41,13 @@ DEVICE_OF = {"mosaic_gpu": DEVICES["h200"], "mosaic_tpu": DEVICES["v6e"]}
 
 
 def check_case(op: str, case, impl: Impl, key: jax.Array, *, device=None, view=None) -> None:
-    """The kernel equals the op's reference on `case`, without a race. `view(case, output)` is
-    what of an output is compared; None: all of it."""
+    """The kernel equals the op's reference, computed in float32, on `case`, without a race.
+    `view(case, output)` is what of an output is compared; None: all of it."""
     cases = import_module(f"pallas_kernels.{op}.cases")
     device = device or DEVICE_OF[impl]
     assert impl in cases.impls(case, device), f"{op} {case.name} does not run as {impl}"
     run = jax.jit(cases.call(case, "reference", DEVICES["cpu"]))
-    want = run(*cases.inputs(case, key, "reference"))
+    want = run(*widened(cases.inputs(case, key, "reference")))
     interpret = GPU if impl == "mosaic_gpu" else TPU
     try:
         run = once(cases.call(case, impl, device, interpret=interpret))
@@ -68,10 +69,10 @@ def assert_close(got, want) -> None:
     got, want = jax.tree.leaves(got), jax.tree.leaves(want)
     assert len(got) == len(want)
     for g, w in zip(got, want, strict=True):
-        assert (g.shape, g.dtype) == (w.shape, w.dtype)
+        assert g.shape == w.shape and w.dtype in (g.dtype, jnp.float32)
         g_, w_ = (np.asarray(x, np.float32) for x in (g, w))
         assert np.isfinite(w_).all(), "the reference itself is not finite"
         assert np.isfinite(g_).all(), "something poisoned was read, or an output never written"
         error = np.abs(g_ - w_).max() / max(np.abs(w_).max(), 1e-30)
-        limit = TOLERANCE[jnp.dtype(w.dtype)]
+        limit = TOLERANCE[jnp.dtype(g.dtype)]
         assert error <= limit, f"relative error {error:.2e}, at most {limit:.0e}"

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.devices import DEVICES
+from pallas_kernels.devices import DEVICES, mosaic
 from pallas_kernels.flash_attention import (
     choose,
     flash_attention,
@@ -151,13 +151,33 @@ def test_padding_may_hold_anything_finite(keys):
     np.testing.assert_array_equal(got, want)
 
 
-def test_every_device_has_its_choice():
-    assert [choose(DEVICES[name]) for name in ("cpu", "h200", "tpu7x")] == [
-        "reference", "mosaic_gpu", "mosaic_tpu",
-    ]  # fmt: skip
+@pytest.mark.parametrize(
+    ("H", "V", "dtype", "cpu", "h200", "v6e"),
+    [
+        (128, 128, "bfloat16", "reference", "mosaic_gpu", "mosaic_tpu"),
+        (192, 128, "float16", "reference", "mosaic_gpu", "mosaic_tpu"),
+        (128, 128, "float32", "reference", "reference", "mosaic_tpu"),
+        (112, 128, "bfloat16", "reference", "reference", "reference"),
+        (128, 32, "bfloat16", "reference", "reference", "reference"),
+    ],
+)
+def test_what_no_kernel_takes_is_the_references(H, V, dtype, cpu, h200, v6e, keys):
+    found = {d.name: choose(d, H=H, V=V, dtype=jnp.dtype(dtype)) for d in (CPU, H200, V6E)}
+    assert found == {"cpu": cpu, "h200": h200, "v6e": v6e}
+    for name in (name for name, impl in found.items() if impl == "reference"):
+        case = Case("chosen", 1, 5, 2, 1, H, V, dtype=jnp.dtype(dtype))
+        args = inputs(case, next(keys), "reference")
+        got, want = (
+            flash_attention(*args[:3], **options(case, args), device=DEVICES[name], impl=impl)
+            for impl in (None, "reference")
+        )
+        np.testing.assert_array_equal(got, want)
+
+
+def test_every_case_has_the_devices_kernel():
     for case in (*CASES, *MODEL_CASES):
         for device in DEVICES.values():
-            assert impls(case, device)[0] == choose(device)
+            assert impls(case, device)[0] == mosaic(device)
             if device.platform != "cpu" and case in MODEL_CASES:
                 assert len(candidates(case, device)) > 1
 
@@ -185,8 +205,10 @@ def test_seen_counts_what_the_mask_shows():
 
 Q = jnp.zeros((2, 8, 4, 64), jnp.bfloat16)
 KV = jnp.zeros((2, 8, 2, 64), jnp.bfloat16)
+GPU = {"impl": "mosaic_gpu"}
 BAD = {
-    "q_BTNH has shape": {"q_BTNH": Q[:, :0], "k_BTKH": KV[:, :0], "v_BTKV": KV[:, :0]},
+    r"q_BTNH has shape \(2, 0": {"q_BTNH": Q[:, :0], "k_BTKH": KV[:, :0], "v_BTKV": KV[:, :0]},
+    r"q_BTNH has shape \(0, 8": {"q_BTNH": Q[:0], "k_BTKH": KV[:0], "v_BTKV": KV[:0]},
     "k_BTKH has shape": {"k_BTKH": KV[:, :7]},
     "v_BTKV has shape": {"v_BTKV": KV[:, :, :1]},
     "N is 3": {"q_BTNH": Q[:, :, :3]},
@@ -200,10 +222,11 @@ BAD = {
     "lengths_B has shape": {"lengths_B": jnp.zeros(3, jnp.int32)},
     "impl is 'mosaic_tpu'": {"impl": "mosaic_tpu"},
     "impl is 'xla'": {"impl": "xla"},
-    "q_BTNH is float32": dict.fromkeys(("q_BTNH", "k_BTKH", "v_BTKV"), Q.astype(jnp.float32)),
-    "H is 72": {"q_BTNH": jnp.zeros((2, 8, 4, 72), jnp.bfloat16),
-                "k_BTKH": jnp.zeros((2, 8, 2, 72), jnp.bfloat16)},
-    "V is 16": {"v_BTKV": KV[..., :16]},
+    "q_BTNH is float32":
+        GPU | dict.fromkeys(("q_BTNH", "k_BTKH", "v_BTKV"), Q.astype(jnp.float32)),
+    "H is 72": GPU | {"q_BTNH": jnp.zeros((2, 8, 4, 72), jnp.bfloat16),
+                      "k_BTKH": jnp.zeros((2, 8, 2, 72), jnp.bfloat16)},
+    "V is 16": GPU | {"v_BTKV": KV[..., :16]},
     "softcap is given": {"impl": "cudnn", "softcap": 1.0},
     "sinks_N is given": {"impl": "cudnn", "sinks_N": jnp.zeros(4)},
     "alibi_N is given": {"impl": "cudnn", "alibi_N": jnp.zeros(4)},

@@ -124,7 +124,6 @@ BAD = (
     ("x_MK", {"x_MK": S((8, 128), BF16)}),
     ("x_MK", {"x_MK": S((0, 256), BF16)}),
     ("x_MK", {"x_MK": S((8, 256), jnp.float64)}),
-    ("x_MK", INT8 | {"x_MK": S((8, 256), jnp.float32), "scale": S((2, 128), jnp.float32)}),
     ("w_ENK", {"w_ENK": S((128, 256), BF16)}),
     ("w_ENK", {"w_ENK": S((2, 128, 256), jnp.float16)}),
     ("group_sizes_E", {"group_sizes_E": S((3,), jnp.int32)}),
@@ -169,6 +168,8 @@ def test_an_unknown_impl_is_named():
     ("device", "name", "changes"),
     (
         (GPU, "x_MK", {"x_MK": S((8, 256), F32), "w_ENK": S((2, 128, 256), F32)}),
+        (GPU, "x_MK", INT8 | {"x_MK": S((8, 256), F32), "scale": S((2, 128), F32)}),
+        (TPU, "x_MK", INT8 | {"x_MK": S((8, 256), F32), "scale": S((2, 128), F32)}),
         (GPU, "K of w_ENK", {"x_MK": S((8, 224), BF16), "w_ENK": S((2, 128, 224), BF16)}),
         (GPU, "N of w_ENK", {"w_ENK": S((2, 124, 256), BF16)}),
         (GPU, "w_ENK", {"w_ENK": S((2, 32, 256), BF16)}),

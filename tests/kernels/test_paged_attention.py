@@ -9,11 +9,11 @@ from pallas_kernels.devices import DEVICES
 from pallas_kernels.paged_attention import (
     PackedPages,
     Pages,
+    PhaseTiles,
     Scales,
     cache_shapes,
     choose,
     heads_axis,
-    mosaic_gpu,
     reference,
     write_and_attend,
 )
@@ -55,20 +55,19 @@ def arguments(case: Case, args: tuple) -> dict:
     }  # fmt: skip
 
 
-STATIC = ("scale", "softcap", "decode_only", "device", "impl", "interpret", "sizes")
+STATIC = ("scale", "softcap", "decode_only", "device", "impl", "interpret", "tiles")
 
 
-def run(case: Case, args: tuple, *, op=write_and_attend, **changes):
+def run(case: Case, args: tuple, **changes):
     arrays = arguments(case, args) | changes
     static = {name: arrays.pop(name) for name in STATIC if name in arrays}
     compiled = once if static.get("interpret") else jax.jit
-    return compiled(partial(op, **static))(**arrays)
+    return compiled(partial(write_and_attend, **static))(**arrays)
 
 
 def on_gpu(case: Case, args: tuple, **changes):
-    op = mosaic_gpu.write_and_attend if "sizes" in changes else write_and_attend
     try:
-        got = run(case, args, op=op, device=H200, interpret=GPU, **changes)
+        got = run(case, args, device=H200, interpret=GPU, **changes)
         return jax.block_until_ready(got)
     except BaseException:
         plgpu_reset()
@@ -166,15 +165,25 @@ def test_gpu_workers_take_chunks_of_many_rows(keys):
     args = inputs(case, next(keys), "mosaic_gpu")
     lengths = args[7].kv_len_R.at[1].set(0)
     args = (*args[:7], args[7]._replace(kv_len_R=lengths), *args[8:])
-    sizes = mosaic_gpu.Tiles(DecodeTiles(2, 64, 2, 0), PrefillTiles(64, 2, 0))
-    got, _ = on_gpu(case, args, sizes=sizes)
+    tiles = PhaseTiles(DecodeTiles(2, 64, 2, 0, chunks=3), None)
+    got, _ = on_gpu(case, args, tiles=tiles)
     want, _ = run(case, args)
-    other, _ = on_gpu(case, args, sizes=sizes, **neighbours_changed(case, args, 2))
+    other, _ = on_gpu(case, args, tiles=tiles, **neighbours_changed(case, args, 2))
     got, want, other = (np.asarray(x, np.float32) for x in (got, want, other))
     np.testing.assert_allclose(got, want, atol=ATOL[jnp.bfloat16], rtol=0)
     np.testing.assert_array_equal(got[1], 0)
     np.testing.assert_array_equal(got[2], other[2])
     assert not np.array_equal(got[0], other[0])
+
+
+def test_gpu_prefill_takes_other_tiles(keys):
+    """Blocks of 64 keys through a ring of two, where the kernel's own choice is 128."""
+    case = Case("", (70,), (150,), N=2, K=1, H=64, S=64, padding=1)
+    args = inputs(case, next(keys), "mosaic_gpu")
+    got, _ = on_gpu(case, args, tiles=PhaseTiles(None, PrefillTiles(64, 2, 0)))
+    want, _ = run(case, args)
+    got, want = (np.asarray(x[:70], np.float32) for x in (got, want))
+    np.testing.assert_allclose(got, want, atol=ATOL[jnp.bfloat16], rtol=0)
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from pallas_kernels.devices import DEVICES, TPUS
 from pallas_kernels.paged_attention import (
     PackedPages,
     Pages,
+    PhaseTiles,
     choose,
     mosaic_tpu,
     write_and_attend,
@@ -31,7 +32,7 @@ from tests.kernels.harness import TOLERANCE, TPU, once
 
 CPU, V5P, V6E = DEVICES["cpu"], DEVICES["v5p"], DEVICES["v6e"]
 # Blocks of two pages, two buffers: the ring turns, and blocks end inside rows, pages and windows.
-SMALL = (Tiles(1, 128, 128, 2), Tiles(16, 128, 128, 2))
+SMALL = PhaseTiles(Tiles(1, 128, 128, 2), Tiles(16, 128, 128, 2))
 # Which cases run on every commit: one for each branch of the kernel.
 FAST = ("all_at_once", "three_heads", "many_blocks")
 OWN = (
@@ -50,11 +51,11 @@ def make(case: Case, key: jax.Array) -> tuple:
 
 def step(case: Case, args, *, device=V6E, tiles=None):
     def run(q, k, v, pages, layer, page_T, slot_T, ragged, window, sinks, alibi, scales):
-        return mosaic_tpu.write_and_attend(
+        return write_and_attend(
             q, k, v, pages, layer, page_T, slot_T, ragged, window=window,
             scale=case.scale or case.H**-0.5, softcap=case.softcap, sinks_N=sinks, alibi_N=alibi,
             kv_scales=scales, decode_only=num_decodes(case) == len(case.queries), device=device,
-            interpret=TPU, tiles=tiles,
+            impl="mosaic_tpu", interpret=TPU, tiles=tiles,
         )  # fmt: skip
 
     try:

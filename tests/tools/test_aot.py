@@ -43,14 +43,15 @@ def test_what_must_not_be_is_named(job, change, said):
     assert said in fault
 
 
-def test_programs_must_alias_their_cache_and_copy_no_weights():
+def test_programs_must_hold_kernels_alias_their_cache_and_copy_no_weights():
     job = aot.Job(aot.ENGINE, "decode_8", "none", "h200")
     good = {
         "spilled": 0, "registers": 168, "alias_bytes": 100, "cache_bytes": 100,
-        "temp_bytes": 5, "most_temp_bytes": 5,
+        "temp_bytes": 5, "most_temp_bytes": 5, "kernels": 1,
     }  # fmt: skip
     assert aot.faults(job, good) == []
     assert "the cache is copied" in aot.faults(job, good | {"alias_bytes": 99})[0]
+    assert "no Pallas kernel" in aot.faults(job, good | {"kernels": 0})[0]
     assert "6 bytes of temporaries, at most 5" in aot.faults(job, good | {"temp_bytes": 6})[0]
 
 

@@ -7,6 +7,7 @@ import textwrap
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -296,8 +297,13 @@ def test_wrong_flags_are_refused(flag, capsys):
 
 SWEPT = {
     "part": "tuning", "op": "int4_matmul", "case": "wide_decode", "key": "M=16,K=8192,N=28672",
-    "tiles": {"n": 128, "stages": 4}, "ms": 0.5, "default_ms": 0.6, "sweep": [],
+    "tiles": {"kind": "Few", "n": 128, "stages": 4}, "ms": 0.5, "default_ms": 0.6, "sweep": [],
 }  # fmt: skip
+
+
+class Few(NamedTuple):
+    n: int
+    stages: int
 
 
 def test_tile_choices_reach_the_op(monkeypatch, tmp_path):
@@ -316,13 +322,11 @@ def test_tile_choices_reach_the_op(monkeypatch, tmp_path):
     tuning._measured.cache_clear()
     try:
         key = tuning.key(M=16, K=8192, N=28672)
-        assert tuning.tuned("int4_matmul", DEVICES["h200"], key) == {"n": 128, "stages": 4}
-        tuning.tuned("int4_matmul", DEVICES["h200"], key).clear()  # type: ignore[union-attr]
-        assert tuning.tuned("int4_matmul", DEVICES["h200"], key) == {"n": 128, "stages": 4}
-        assert tuning.tuned("int4_matmul", DEVICES["h200"], "M=64") is not None
-        assert tuning.tuned("int4_matmul", DEVICES["h200"], "M=2") is None
-        assert tuning.tuned("int4_matmul", DEVICES["h100"], key) is None
-        assert tuning.tuned("no_such_op", DEVICES["h200"], key) is None
+        for measured in (key, "M=64"):
+            assert tuning.tuned("int4_matmul", DEVICES["h200"], measured, Few) == Few(128, 4)
+        assert tuning.tuned("int4_matmul", DEVICES["h200"], "M=2", Few) is None
+        assert tuning.tuned("int4_matmul", DEVICES["h100"], key, Few) is None
+        assert tuning.tuned("no_such_op", DEVICES["h200"], key, Few) is None
     finally:
         tuning._measured.cache_clear()
 

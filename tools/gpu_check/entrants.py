@@ -10,13 +10,14 @@ import jax
 import jax.numpy as jnp
 from jax.stages import Compiled, Lowered
 
+from pallas_kernels.cases import widened
 from pallas_kernels.devices import DEVICES, Device
 from tools.gpu_check import job as jobs
 from tools.gpu_check.measure import Chain, Program, copies_for, nbytes, time_chain
 
-# Largest error over the largest value of the reference, by the dtype of the result. 16 bits: one
-# rounding of the result is up to 2^-9 = 2e-3 of the value, and softmax's probabilities are rounded
-# before their product. float32: sums run in another order.
+# Largest error over the largest value of the float32 reference, by the dtype of the result.
+# 16 bits: one rounding of the result is up to 2^-9 = 2e-3 of the value, and softmax's
+# probabilities are rounded before their product. float32: sums run in another order.
 TOLERANCE = {"bfloat16": 5e-3, "float16": 5e-3, "float32": 1e-5}
 # Of others' results, ‖out - ref‖ / ‖ref‖: they may round their operands to 16 bits, which gives
 # 1e-3 to 1e-2; another function gives 1.
@@ -81,13 +82,12 @@ class Starter:
             return Compiling(entrant, 0, failed(error), failed(error))
 
     def reference(self) -> tuple[Future, Future]:
-        """What makes the reference's inputs, and the op's definition with its float32 products in
-        float32."""
+        """What makes the reference's inputs, and the op's definition of them in float32."""
         try:
             shapes, maker = self._maker("reference", as_given)
             function = jobs.cases_of(self._op).call(self._case, "reference", DEVICES["cpu"])
             with jax.default_matmul_precision("highest"):
-                definition = jax.jit(function).lower(*shapes)
+                definition = jax.jit(lambda *args: function(*widened(args))).lower(*shapes)
             return maker, self._pool.submit(definition.compile)
         except Exception as error:
             return failed(error), failed(error)
@@ -187,7 +187,7 @@ def errors(got: Iterable[jax.Array], want: Iterable[jax.Array]) -> dict[str, flo
         off, norm, finite = (float(x) for x in _errors(g, w))
         bad = not finite or off != off or norm != norm
         largest, l2 = (float("nan"),) * 2 if bad else (max(largest, off), max(l2, norm))
-        over = float("nan") if bad else max(over, off / TOLERANCE[w.dtype.name])
+        over = float("nan") if bad else max(over, off / TOLERANCE[g.dtype.name])
         if bad:
             break
     return {"max_error": largest, "l2_error": l2, "of_tolerance": over}

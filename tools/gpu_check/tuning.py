@@ -8,6 +8,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
+from pallas_kernels import tuning
 from pallas_kernels.devices import Device
 from tools.gpu_check import job as jobs
 from tools.gpu_check.entrants import Starter, measure, own, passes, reference
@@ -42,9 +43,10 @@ def tune_op(job: Job, op: str) -> None:
                 progress(f"{op}: out of time, {len(wanted) - at} cases left out")
                 return
             started = time.monotonic()
+            choices = [] if missing else choices_of(cases, case, device)
             # A CPU has no tiles to choose from: the dry run compares the default with itself.
-            choices = [None] if missing else choices_of(cases, case, device)
-            _tune(job, op, case, device, choices, pool)
+            if choices or job.dry_run:
+                _tune(job, op, case, device, choices or [None], pool)
             longest = max(longest, time.monotonic() - started)
 
 
@@ -52,6 +54,8 @@ def untunable(cases: Any) -> str:
     """What the op lacks of pallas_kernels/cases.py to be tuned; empty where nothing."""
     if not hasattr(cases, "candidates"):
         return "its cases.py has no candidates"
+    if not hasattr(cases, "tuning_key"):
+        return "its cases.py has no tuning_key"
     if "tiles" not in inspect.signature(cases.call).parameters:
         return "call in its cases.py takes no tiles"
     return ""
@@ -80,7 +84,7 @@ def _tune(
         return
     seconds = 0.01 if job.dry_run else 0.05
     reports = [measure(op, case, c, want, seconds) for c in compiling]
-    fields = [None, *(t._asdict() if t is not None else {} for t in choices)]
+    fields = [None, *(tuning.fields(t) if t is not None else {} for t in choices)]
     sweep = [
         {"tiles": tiles, **report, "ok": "ms" in report and passes(report, ours=True)}
         for tiles, report in zip(fields, reports, strict=True)
@@ -90,7 +94,7 @@ def _tune(
     best = min(right, key=lambda trial: trial["ms"], default=None)
     if best is not None and default is not None and best["ms"] > CLEARLY * default:
         best = sweep[0] if sweep[0]["ok"] else best
-    name = getattr(cases, "tuning_key", lambda case: case.name)(case)
+    name = cases.tuning_key(case, device)
     record(
         op=op, case=case.name, key=name, impl=impl, default_ms=default, sweep=sweep,
         tiles=best and best["tiles"], ms=best and best["ms"],
