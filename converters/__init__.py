@@ -28,6 +28,7 @@ __all__ = [
     "TensorInfo",
     "open_checkpoint",
     "parameter_rules",
+    "parse_config",
     "read_tensor",
 ]
 COMPARE_BYTES = 16 << 20  # of two tensors at a time

@@ -10,12 +10,16 @@ from converters.errors import CheckpointError
 from converters.family import Family
 from converters.llama import LLAMA
 from converters.mistral import MISTRAL
+from converters.mixtral import MIXTRAL
 from converters.qwen2 import QWEN2
+from converters.qwen2_moe import QWEN2_MOE
 from converters.qwen3 import QWEN3
+from converters.qwen3_moe import QWEN3_MOE
 from xlinfer.config import ModelConfig
 
 FAMILIES: Mapping[str, Family] = {
-    family.model_type: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3)
+    family.model_type: family
+    for family in (LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE)
 }
 # Where config.json says how weights are quantized; none of these formats is read yet.
 QUANTIZATION = ("quantization_config", "compression_config")

@@ -15,7 +15,7 @@ from converters.family import Family
 from converters.rope import KEYS as ROPE_KEYS
 from converters.rope import read_rope
 from converters.rules import Row
-from xlinfer.config import ModelConfig
+from xlinfer.config import ModelConfig, MoE
 
 SIZES = frozenset(
     """
@@ -47,10 +47,12 @@ BLOCK = (
     Row("layers.attn.v_D_KH", f"{LAYER}self_attn.v_proj.weight", "(K H) D -> D (K H)"),
     Row("layers.attn.o_NH_D", f"{LAYER}self_attn.o_proj.weight", "D (N H) -> (N H) D"),
     Row("layers.mlp_norm.scale_D", f"{LAYER}post_attention_layernorm.weight", "D -> D"),
+    Row("norm.scale_D", f"{PREFIX}norm.weight", "D -> D"),
+)
+MLP = (
     Row("layers.mlp.gate_DF", f"{LAYER}mlp.gate_proj.weight", "F D -> D F"),
     Row("layers.mlp.up_DF", f"{LAYER}mlp.up_proj.weight", "F D -> D F"),
     Row("layers.mlp.down_FD", f"{LAYER}mlp.down_proj.weight", "D F -> F D"),
-    Row("norm.scale_D", f"{PREFIX}norm.weight", "D -> D"),
 )
 HEAD = (Row("head_DV", "lm_head.weight", "V D -> D V"),)
 QKV_BIAS = (
@@ -73,9 +75,10 @@ COPIES = {"lm_head.weight": "model.embed_tokens.weight"}
 
 
 def llama_rows(config: ModelConfig) -> tuple[Row, ...]:
-    """The table for the parts that `config` has."""
+    """The table for the parts that `config` has, but its experts."""
     return (
         *BLOCK,
+        *(MLP if config.moe is None else ()),
         *(() if config.tie_word_embeddings else HEAD),
         *(QKV_BIAS if config.qkv_bias else ()),
         *(OUTPUT_BIAS if config.attention_output_bias else ()),
@@ -94,6 +97,7 @@ def llama_config(
     attention_output_bias: bool,
     mlp_bias: bool,
     qk_norm: bool,
+    moe: MoE | None,
 ) -> ModelConfig:
     """What Llama-shaped families read alike; the rest each of them says."""
     heads, hidden = constants.integer("num_attention_heads"), constants.integer("hidden_size")
@@ -115,6 +119,7 @@ def llama_config(
         qkv_bias=qkv_bias,
         attention_output_bias=attention_output_bias,
         mlp_bias=mlp_bias,
+        moe=moe,
         qk_norm=qk_norm,
         tie_word_embeddings=constants.flag("tie_word_embeddings"),
         max_position_embeddings=longest,
@@ -133,6 +138,7 @@ def read_llama(constants: Constants) -> ModelConfig:
         attention_output_bias=bias,
         mlp_bias=constants.flag("mlp_bias"),
         qk_norm=False,
+        moe=None,
     )
 
 

@@ -39,6 +39,7 @@ def read_mistral(constants: Constants) -> ModelConfig:
         attention_output_bias=False,
         mlp_bias=False,
         qk_norm=False,
+        moe=None,
     )
 
 

@@ -63,6 +63,7 @@ def read_qwen2(constants: Constants) -> ModelConfig:
         attention_output_bias=False,
         mlp_bias=False,
         qk_norm=False,
+        moe=None,
     )
 
 

@@ -38,6 +38,7 @@ def read_qwen3(constants: Constants) -> ModelConfig:
         attention_output_bias=bias,
         mlp_bias=False,
         qk_norm=True,
+        moe=None,
     )
 
 

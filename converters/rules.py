@@ -2,11 +2,16 @@
 
 A row reads like the table in a paper: target, source, and `axes`, the way from the source's
 axes to the target's: "(K H) -> K H" splits the source's one axis into kv heads and head_dim, and
-"(N H) D -> D (N H)" moves D to the front. The letters:
+"(N H) D -> D (N H)" moves D to the front. Letters of the target that the source lacks count
+sources: "I D -> E (P I) D" stacks the experts, and within each of them its parts, one after the
+other along one axis. The letters:
 
-D hidden  F ffw hidden  N query heads  K kv heads  H head_dim  V vocabulary
+D hidden  F ffw hidden  N query heads  K kv heads  H head_dim  V vocabulary  1 one
+E experts  R experts as the router scores them  P parts  I an expert's ffw hidden
+S the shared expert's ffw hidden
 """
 
+import itertools
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -17,17 +22,20 @@ from converters.errors import CheckpointError, listing
 from converters.formats.safetensors import TensorInfo
 from xlinfer.config import ModelConfig
 
-STACKED = "layers"  # the first name of a target that has one source a layer
+STACKED = "layers"  # the first name of a target that has sources in each layer
+COUNTED = {"E": "expert", "P": "part"}  # letters that count sources, by their name in `source`
 Axes = tuple[tuple[str, ...], ...]  # one group of letters for each axis
 
 
 @dataclass(frozen=True)
 class Row:
-    """`source` holds "{layer}" where, and only where, `target` begins with "layers."."""
+    """`source` holds "{layer}" where, and only where, `target` begins with "layers."; "{expert}"
+    and "{part}", one of `parts`, where E and P count sources."""
 
     target: str  # dotted path in the module
     source: str
-    axes: str
+    axes: str  # a letter that counts is the first of its axis
+    parts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,28 +44,32 @@ class Layout:
 
     source_axes: Axes
     sizes: tuple[int, ...]  # of the source's letters, groups opened
-    target_axes: Axes  # without the layers
+    target_axes: Axes  # the source's letters alone; an axis that counts may have none
+    slot: tuple[int, ...]  # the shape that one source has in the target
     kv_replicas: int  # how often each kv head (K) stands in the target
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """One parameter: `shape` (layers first where stacked) from `sources`, in order of layer."""
+    """One parameter: `shape` (layers first where stacked) from `sources`, whose places begin at
+    `starts`."""
 
     target: tuple[str, ...]
+    axes: Axes  # without the layers
     shape: tuple[int, ...]
     sources: tuple[str, ...]
+    starts: tuple[tuple[int, ...], ...]
     source_shape: tuple[int, ...]
     layout: Layout
 
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """Write `tensor` into `rule`'s parameter, at `layer` where that is stacked."""
+    """Write `tensor` into `rule`'s parameter, from index `start` on."""
 
     tensor: TensorInfo
     rule: Rule
-    layer: int
+    start: tuple[int, ...]
 
 
 def expand(rows: Iterable[Row], config: ModelConfig, kv_replicas: int = 1) -> tuple[Rule, ...]:
@@ -69,26 +81,49 @@ def expand(rows: Iterable[Row], config: ModelConfig, kv_replicas: int = 1) -> tu
         "K": config.num_kv_heads,
         "H": config.head_dim,
         "V": config.vocab_size,
+        "1": 1,
     }
+    if (moe := config.moe) is not None:
+        sizes |= {"E": moe.num_experts, "R": moe.num_experts, "I": moe.intermediate_size}
+        sizes |= {"S": moe.shared_intermediate_size or 0}
     return tuple(_rule(row, config.num_layers, sizes, kv_replicas) for row in rows)
 
 
 def _rule(row: Row, layers: int, sizes: Mapping[str, int], kv_replicas: int) -> Rule:
-    source_axes, target_axes = map(_groups, row.axes.split(" -> "))
+    source_axes, axes = map(_groups, row.axes.split(" -> "))
     path = tuple(row.target.split("."))
-    stacked = path[0] == STACKED
-    repeated = {**sizes, "K": sizes["K"] * kv_replicas}
-    shape = tuple(math.prod(repeated[axis] for axis in group) for group in target_axes)
-    names = range(layers) if stacked else range(1)
+    letters = tuple(letter for group in source_axes for letter in group)
+    counted = [letter for group in axes for letter in group if letter not in letters]
+    target_axes = tuple(tuple(a for a in group if a in letters) for group in axes)
+    repeated = {**sizes, "K": sizes["K"] * kv_replicas, "P": len(row.parts)}
+    shape, slot = (
+        tuple(math.prod(repeated[letter] for letter in group) for group in groups)
+        for groups in (axes, target_axes)
+    )
+    counts = {
+        COUNTED[letter]: row.parts if letter == "P" else range(repeated[letter])
+        for letter in counted
+    }
+    if path[0] == STACKED:
+        counts = {"layer": range(layers), **counts}
+        shape, slot, target_axes = (layers, *shape), (1, *slot), ((), *target_axes)
     return Rule(
         target=path,
-        shape=(layers, *shape) if stacked else shape,
-        sources=tuple(row.source.format(layer=layer) for layer in names),
+        axes=axes,
+        shape=shape,
+        sources=tuple(
+            row.source.format(**dict(zip(counts, of_source, strict=True)))
+            for of_source in itertools.product(*counts.values())
+        ),
+        starts=tuple(
+            itertools.product(*(range(0, n, one) for n, one in zip(shape, slot, strict=True)))
+        ),
         source_shape=tuple(math.prod(sizes[axis] for axis in group) for group in source_axes),
         layout=Layout(
             source_axes=source_axes,
-            sizes=tuple(sizes[axis] for group in source_axes for axis in group),
+            sizes=tuple(sizes[letter] for letter in letters),
             target_axes=target_axes,
+            slot=slot,
             kv_replicas=kv_replicas,
         ),
     )
@@ -111,7 +146,11 @@ def schedule(
     error. Raises CheckpointError naming the tensors that are missing, left over or of another
     shape than the config asks for.
     """
-    steps = [(source, rule, layer) for rule in rules for layer, source in enumerate(rule.sources)]
+    steps = [
+        (source, rule, start)
+        for rule in rules
+        for source, start in zip(rule.sources, rule.starts, strict=True)
+    ]
     wanted = {source for source, _, _ in steps}
     missing = [source for source, _, _ in steps if source not in tensors]
     patterns = [re.compile(pattern) for pattern in ignored]
@@ -137,5 +176,5 @@ def schedule(
     ]
     if faults:
         raise CheckpointError(f"{where}: tensors do not fit config.json: " + "; ".join(faults))
-    found = [Step(tensor=tensors[source], rule=rule, layer=layer) for source, rule, layer in steps]
+    found = [Step(tensor=tensors[source], rule=rule, start=start) for source, rule, start in steps]
     return tuple(sorted(found, key=lambda step: (step.tensor.file, step.tensor.offset)))

@@ -8,7 +8,17 @@ import numpy as np
 from safetensors.numpy import save_file
 
 GOLDENS = Path(__file__).parent / "data" / "goldens"
-FAMILIES = ("llama", "llama3-rope", "mistral-window", "qwen2", "qwen3")
+FAMILIES = ("llama", "llama3-rope", "mistral-window", "mixtral", "qwen2", "qwen3", "qwen3-moe")
+EXPERTS: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 12},
+    "qwen2_moe": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 12,
+        "shared_expert_intermediate_size": 20,
+    },
+}
 
 
 def config(model_type: Any = "llama", **changes: Any) -> dict[str, Any]:
@@ -28,6 +38,7 @@ def config(model_type: Any = "llama", **changes: Any) -> dict[str, Any]:
         "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0},
         "tie_word_embeddings": False,
         "eos_token_id": 2,
+        **EXPERTS.get(model_type, {}),
         **changes,
     }
     return {key: value for key, value in values.items() if value is not ...}
@@ -39,19 +50,23 @@ def tensors(cfg: dict[str, Any], dtype: Any = np.float32, seed: int = 0) -> dict
     N, K = cfg["num_attention_heads"], cfg["num_key_value_heads"]
     H = cfg["head_dim"]
     kind = cfg["model_type"]
-    qkv_bias = kind == "qwen2" or cfg.get("attention_bias", False)
+    only_qkv_bias = kind in ("qwen2", "qwen2_moe")
+    qkv_bias = only_qkv_bias or cfg.get("attention_bias", False)
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (V, D)}
     for layer in range(cfg["num_hidden_layers"]):
         at = f"model.layers.{layer}"
         for name, out, into in (("q", N * H, D), ("k", K * H, D), ("v", K * H, D), ("o", D, N * H)):
             shapes[f"{at}.self_attn.{name}_proj.weight"] = (out, into)
-            if qkv_bias and (name != "o" or kind != "qwen2"):
+            if qkv_bias and (name != "o" or not only_qkv_bias):
                 shapes[f"{at}.self_attn.{name}_proj.bias"] = (out,)
-        for name, out, into in (("gate", F, D), ("up", F, D), ("down", D, F)):
-            shapes[f"{at}.mlp.{name}_proj.weight"] = (out, into)
+        if kind in EXPERTS:
+            shapes |= experts(cfg, at)
+        else:
+            shapes |= mlp(f"{at}.mlp", D, F)
             if cfg.get("mlp_bias", False):
-                shapes[f"{at}.mlp.{name}_proj.bias"] = (out,)
-        if kind == "qwen3":
+                for name, out in (("gate", F), ("up", F), ("down", D)):
+                    shapes[f"{at}.mlp.{name}_proj.bias"] = (out,)
+        if kind.startswith("qwen3"):
             shapes |= {f"{at}.self_attn.{name}_norm.weight": (H,) for name in "qk"}
         shapes[f"{at}.input_layernorm.weight"] = (D,)
         shapes[f"{at}.post_attention_layernorm.weight"] = (D,)
@@ -63,6 +78,32 @@ def tensors(cfg: dict[str, Any], dtype: Any = np.float32, seed: int = 0) -> dict
         name: (rng.normal(0, 0.4, shape) + ("norm" in name)).astype(dtype)
         for name, shape in shapes.items()
     }
+
+
+def mlp(
+    at: str, D: int, F: int, gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj"
+) -> dict[str, tuple[int, ...]]:
+    return {
+        f"{at}.{gate}.weight": (F, D),
+        f"{at}.{up}.weight": (F, D),
+        f"{at}.{down}.weight": (D, F),
+    }
+
+
+def experts(cfg: dict[str, Any], at: str) -> dict[str, tuple[int, ...]]:
+    """The shapes of a layer's router and experts."""
+    D, kind = cfg["hidden_size"], cfg["model_type"]
+    E = cfg.get("num_experts") or cfg["num_local_experts"]
+    block = f"{at}.block_sparse_moe" if kind == "mixtral" else f"{at}.mlp"
+    names = ("w1", "w3", "w2") if kind == "mixtral" else ()
+    size = cfg["intermediate_size"] if kind == "mixtral" else cfg["moe_intermediate_size"]
+    shapes: dict[str, tuple[int, ...]] = {f"{block}.gate.weight": (E, D)}
+    for expert in range(E):
+        shapes |= mlp(f"{block}.experts.{expert}", D, size, *names)
+    if kind == "qwen2_moe":
+        shapes |= mlp(f"{block}.shared_expert", D, cfg["shared_expert_intermediate_size"])
+        shapes[f"{block}.shared_expert_gate.weight"] = (1, D)
+    return shapes
 
 
 def write(
@@ -132,9 +173,36 @@ def llama_logits(
             heads.append(score / score.sum(-1, keepdims=True) @ v[:, head // group])
         x_TD = x_TD + linear(np.concatenate(heads, -1), f"{at}.self_attn.o_proj")
         y_TD = norm(x_TD, f"{at}.post_attention_layernorm")
+        if cfg["model_type"] in EXPERTS:
+            x_TD = x_TD + mixed(cfg, w, at, y_TD)
+            continue
         gate = linear(y_TD, f"{at}.mlp.gate_proj")
         x_TD = x_TD + linear(
             gate / (1 + np.exp(-gate)) * linear(y_TD, f"{at}.mlp.up_proj"), f"{at}.mlp.down_proj"
         )
     head = w.get("lm_head.weight", w["model.embed_tokens.weight"])
     return norm(x_TD, "model.norm") @ head.T
+
+
+def mixed(cfg: dict[str, Any], w: dict[str, np.ndarray], at: str, x_TD: np.ndarray) -> np.ndarray:
+    """What a layer's experts add, one token and one expert at a time."""
+    mixtral = cfg["model_type"] == "mixtral"
+    block = f"{at}.block_sparse_moe" if mixtral else f"{at}.mlp"
+    names = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
+
+    def expert(name, x_D):
+        gate, up, down = (w[f"{block}.{name}.{n}.weight"] for n in names)
+        return down @ (gate @ x_D / (1 + np.exp(-(gate @ x_D))) * (up @ x_D))
+
+    y_TD = np.zeros_like(x_TD)
+    for t, x_D in enumerate(x_TD):
+        score = np.exp(w[f"{block}.gate.weight"] @ x_D)
+        score /= score.sum()
+        chosen = np.argsort(-score)[: cfg["num_experts_per_tok"]]
+        divisor = score[chosen].sum() if mixtral or cfg.get("norm_topk_prob", False) else 1.0
+        for e in chosen:
+            y_TD[t] += score[e] / divisor * expert(f"experts.{e}", x_D)
+        if cfg["model_type"] == "qwen2_moe":
+            gate = w[f"{block}.shared_expert_gate.weight"][0] @ x_D
+            y_TD[t] += expert("shared_expert", x_D) / (1 + np.exp(-gate))
+    return y_TD

@@ -8,7 +8,16 @@ from jax.sharding import PartitionSpec as P
 
 from converters import open_checkpoint
 from tests.checkpoints import GOLDENS
+from xlinfer.config import MoE
 from xlinfer.mesh import make_mesh, replicate_kv_heads, sharding
+
+MOE = MoE(
+    num_experts=6,
+    num_experts_per_tok=2,
+    intermediate_size=12,
+    norm_topk_prob=True,
+    shared_intermediate_size=50,
+)
 
 
 @pytest.fixture
@@ -40,6 +49,7 @@ def test_meshes_that_are_refused(n, message):
         (("vocab", "hidden"), (160, 32), P("tensor", None)),
         (("vocab", "hidden"), (161, 32), P(None, None)),
         ((None, "heads"), (3, 4), P(None, "tensor")),
+        (("experts", "expert_ffw", "hidden"), (8, 48, 32), P("tensor", None, None)),
     ],
 )
 def test_sharding(axes, shape, want):
@@ -50,7 +60,8 @@ def test_sharding(axes, shape, want):
     "axes, shape, message",
     [
         (("ffw",), (50,), "'ffw' of size 50 does not divide among 4"),
-        (("experts",), (8,), "no sharding rule for the axis 'experts'"),
+        (("colour",), (8,), "no sharding rule for the axis 'colour'"),
+        (("experts", "hidden"), (6, 32), "'experts' of size 6 does not divide among 4"),
         (("ffw",), (48, 2), "2 axes"),
     ],
 )
@@ -71,6 +82,8 @@ def test_kv_heads_are_repeated_up_to_the_devices(config, n, want):
         ({}, 3, "4 attention heads.*Below it fit: 1, 2$"),
         ({"intermediate_size": 50}, 4, "50 .intermediate_size.*Below it fit: 1, 2$"),
         ({"num_heads": 6, "num_kv_heads": 3}, 2, "3 kv heads"),
+        ({"moe": MOE}, 4, "6 experts.*50 .the shared expert's size.*Below it fit: 1, 2$"),
+        ({"moe": replace(MOE, shared_intermediate_size=None)}, 4, "6 experts are not"),
         ({"num_heads": 12, "num_kv_heads": 3}, 4, "3 kv heads.*Below it fit: 1, 3$"),
     ],
 )

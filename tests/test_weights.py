@@ -14,6 +14,7 @@ from converters import CheckpointError, open_checkpoint, parameter_rules
 from tests.checkpoints import GOLDENS, config, tensors, write
 from xlinfer.mesh import make_mesh
 from xlinfer.models import Transformer
+from xlinfer.models.moe import MoE
 from xlinfer.weights import AXES, load_model, stored_dtype
 
 SOURCES = {
@@ -118,24 +119,55 @@ def test_each_device_holds_its_share(biased):
         assert sizes == {array.size // shared}, path
 
 
+@pytest.mark.parametrize("devices", [1, 2, 4])
+@pytest.mark.parametrize("family", ["qwen2_moe", "mixtral"])
+def test_every_expert_lands_in_its_place(family, devices, tmp_path):
+    """[layer, expert], the gate's rows before up's; each device holds its own experts alone."""
+    cfg = config(family)
+    held = tensors(cfg)
+    model = load_model(write(tmp_path, cfg, held, shards=3), mesh=make_mesh(devices))
+    got = parameters(model)
+    for name, array in held.items():
+        if ".experts." not in name:
+            continue
+        _, _, layer, _, _, expert, matrix, _ = name.split(".")
+        at, size = (int(layer), int(expert)), 24 if family == "mixtral" else 12
+        want = {
+            "gate": got["layers.mlp.gate_up_EID"][at][:size],
+            "up": got["layers.mlp.gate_up_EID"][at][size:],
+            "down": got["layers.mlp.down_EDI"][at],
+        }
+        part = {"w1": "gate", "w3": "up", "w2": "down"}.get(matrix) or matrix.split("_")[0]
+        np.testing.assert_array_equal(array, want[part], err_msg=name)
+    mlp = model.layers.mlp
+    assert isinstance(mlp, MoE)
+    stack = mlp.down_EDI.get_value()
+    assert {s.data.shape[1] for s in stack.addressable_shards} == {4 // devices}
+    assert mlp.router_DR.get_value().sharding.is_fully_replicated
+
+
 def test_a_vocabulary_that_does_not_divide_stands_whole(tmp_path):
     cfg = config(vocab_size=63)
     folder = write(tmp_path, cfg, tensors(cfg))
     model = load_model(folder, mesh=make_mesh(2))
     assert model.embed_VD.get_value().sharding.is_fully_replicated
-    assert not model.layers.mlp.up_DF.get_value().sharding.is_fully_replicated
+    assert not model.layers.attn.q_D_NH.get_value().sharding.is_fully_replicated
     np.testing.assert_array_equal(
         parameters(model)["head_DV"], parameters(load_model(folder))["head_DV"]
     )
 
 
-def test_the_table_names_the_axes_as_the_modules_do(biased):
-    cfg = open_checkpoint(biased[0]).config
+@pytest.mark.parametrize(
+    "values",
+    [config(attention_bias=True, mlp_bias=True), config("qwen2_moe"), config("mixtral")],
+    ids=lambda values: values["model_type"],
+)
+def test_the_table_names_the_axes_as_the_modules_do(values, tmp_path):
+    cfg = open_checkpoint(write(tmp_path, values, tensors(values))).config
     model = nnx.eval_shape(lambda: Transformer(cfg, rngs=nnx.Rngs(0)))
     axes = {path: p.get_metadata("logical_axes") for path, p in nnx.to_flat_state(nnx.state(model))}
     rules = {
-        rule.target: tuple(AXES[group[0]] for group in rule.layout.target_axes)
-        for rule in parameter_rules(cfg)
+        rule.target: tuple(AXES[group[0]] for group in rule.axes) for rule in parameter_rules(cfg)
     }
     assert rules == axes
 

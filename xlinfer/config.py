@@ -55,13 +55,26 @@ Rope = DefaultRope | LinearRope | DynamicRope | Llama3Rope | YarnRope
 
 
 @dataclass(frozen=True, kw_only=True)
+class MoE:
+    """A mixture of experts in place of every layer's MLP: a router chooses some for each token,
+    by softmax over all, and their outputs are added by their weights."""
+
+    num_experts: int
+    num_experts_per_tok: int  # at most num_experts
+    intermediate_size: int  # of one expert
+    norm_topk_prob: bool  # the weights of those chosen are divided by their sum
+    # Of an expert that every token passes, times a sigmoid of the token's own; None: there is none.
+    shared_intermediate_size: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """A decoder-only transformer of Llama's shape; what differs between families is data here."""
 
     model_type: str  # the family's name in its config.json
     vocab_size: int
     hidden_size: int
-    intermediate_size: int
+    intermediate_size: int  # of the MLP, of which there is none with `moe`
     num_layers: int
     num_heads: int
     num_kv_heads: int  # divides num_heads
@@ -73,6 +86,7 @@ class ModelConfig:
     qkv_bias: bool
     attention_output_bias: bool
     mlp_bias: bool
+    moe: MoE | None  # None: every layer has an MLP
     qk_norm: bool  # RMSNorm over each head's q and k, before rope
     tie_word_embeddings: bool
     max_position_embeddings: int

@@ -78,7 +78,7 @@ class CacheSpec:
     def abstract(self, mesh: Mesh) -> Cache:
         """Each device's own heads, side by side: what packs heads together packs a device's."""
         axis, size = heads_axis(self.impl), tensor_size(mesh)
-        sharding = NamedSharding(mesh, _by_head(mesh, before=axis))
+        sharding = NamedSharding(mesh, by_head(mesh, before=axis))
 
         def whole(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
             shape = (*x.shape[:axis], x.shape[axis] * size, *x.shape[axis + 1 :])
@@ -86,13 +86,9 @@ class CacheSpec:
 
         return jax.tree.map(whole, self._per_device(mesh))
 
-    def allocate(self, mesh: Mesh) -> Cache:
-        """An empty cache, split over the mesh's tensor axis by kv head."""
-
-        def zeros(x: jax.ShapeDtypeStruct) -> Array:
-            return jax.jit(lambda: jnp.zeros(x.shape, x.dtype), out_shardings=x.sharding)()
-
-        return jax.tree.map(zeros, self.abstract(mesh))
+    def zeros(self, mesh: Mesh) -> Cache:
+        """An empty cache; compiled, its results are to be placed as `abstract` says."""
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self.abstract(mesh))
 
     def _per_device(self, mesh: Mesh) -> Cache:
         return cache_shapes(
@@ -124,8 +120,8 @@ def paged_attend(
             )  # fmt: skip
 
         if mesh.size > 1:
-            heads, none = _by_head(mesh, before=1), PartitionSpec()
-            cache = _by_head(mesh, before=heads_axis(impl))
+            heads, none = by_head(mesh, before=1), PartitionSpec()
+            cache = by_head(mesh, before=heads_axis(impl))
             kv_specs = jax.tree.map(lambda _: cache, kv)
             local = jax.shard_map(
                 local,
@@ -147,7 +143,7 @@ def tensor_size(mesh: Mesh) -> int:
     return dict(mesh.shape).get(TENSOR_AXIS, 1)
 
 
-def _by_head(mesh: Mesh, *, before: int) -> PartitionSpec:
+def by_head(mesh: Mesh, *, before: int) -> PartitionSpec:
     """Of an array whose heads come after `before` axes; whole where the mesh has no tensor axis."""
     axis = TENSOR_AXIS if TENSOR_AXIS in mesh.shape else None
     return PartitionSpec(*[None] * before, axis)

@@ -18,6 +18,9 @@ RULES: Mapping[str, str | None] = {
     "kv_heads": TENSOR,
     "ffw": TENSOR,
     "vocab": TENSOR,
+    "experts": TENSOR,
+    "expert_ffw": None,
+    "routes": None,
     "hidden": None,
     "head_dim": None,
     "layers": None,
@@ -86,11 +89,10 @@ def replicate_kv_heads(config: ModelConfig, n: int) -> ModelConfig:
 
     With fewer, each kv head is repeated n / num_kv_heads times, next to itself, so that every
     device holds one copy and query heads keep their kv head. Raises ValueError when heads, kv
-    heads or the ffw size do not divide among n devices.
+    heads, experts or the ffw size do not divide among n devices.
     """
-    heads, kv, ffw = config.num_heads, config.num_kv_heads, config.intermediate_size
-    fits = [size for size in range(1, n) if _faults(heads, kv, ffw, size) == []]
-    faults = _faults(heads, kv, ffw, n)
+    fits = [size for size in range(1, n) if _faults(config, size) == []]
+    faults, kv = _faults(config, n), config.num_kv_heads
     if faults:
         raise ValueError(
             f"tensor_parallel_size {n} does not fit this model: {'; '.join(faults)}. "
@@ -99,10 +101,17 @@ def replicate_kv_heads(config: ModelConfig, n: int) -> ModelConfig:
     return replace(config, num_kv_heads=math.lcm(kv, n)) if kv < n else config
 
 
-def _faults(heads: int, kv: int, ffw: int, n: int) -> list[str]:
+def _faults(config: ModelConfig, n: int) -> list[str]:
+    kv, moe = config.num_kv_heads, config.moe
+    divided: list[tuple[int, str]] = [(config.num_heads, "attention heads are")]
+    if moe is None:
+        divided.append((config.intermediate_size, "(intermediate_size) is"))
+    else:
+        divided.append((moe.num_experts, "experts are"))
+        if moe.shared_intermediate_size is not None:
+            divided.append((moe.shared_intermediate_size, "(the shared expert's size) is"))
     return [
-        *([f"{heads} attention heads are not a multiple of it"] if heads % n else []),
-        *([f"{ffw} (intermediate_size) is not a multiple of it"] if ffw % n else []),
+        *(f"{size} {what} not a multiple of it" for size, what in divided if size % n),
         *(
             [f"{kv} kv heads neither divide it nor are a multiple of it"]
             if kv % n and n % kv

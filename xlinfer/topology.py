@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import topologies
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh
+from jax.sharding import AxisType, Mesh
 from jax.stages import Lowered
 
 from pallas_kernels.devices import Device
@@ -44,8 +44,17 @@ GPU_MEMORY = {  # bytes, bytes per second (NVIDIA's data sheets; memory as the d
 }
 
 
-def described_mesh(device: Device, axes: dict[str, int] | None = None) -> Mesh:
+def described_mesh(
+    device: Device,
+    axes: dict[str, int] | None = None,
+    *,
+    slice_shape: str | None = None,
+    one_host: bool = False,
+) -> Mesh:
     """A mesh of devices that need not be here; `axes` are names and sizes, none for one device.
+
+    TPUs are those of a slice of `slice_shape` ("2x4"; None: the smallest that libtpu has without
+    being told), whose hosts have four chips each, or which is `one_host`'s.
 
     Raises ValueError for the CPU, which is always here, and when the smallest slice that `device`
     names has fewer devices than the mesh.
@@ -68,15 +77,24 @@ def described_mesh(device: Device, axes: dict[str, int] | None = None) -> Mesh:
             os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
             # Its lock is for the chips; compilers may run side by side.
             os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-            found = topologies.get_topology_desc(platform="tpu", topology_name=device.topology)
+            name, bounds = device.topology, {}
+            if slice_shape is not None:
+                name = f"{device.name}:{slice_shape}"
+                if one_host:
+                    sizes = [int(n) for n in slice_shape.split("x")]
+                    bounds["chips_per_host_bounds"] = (*sizes, *[1] * (3 - len(sizes)))
+            found = topologies.get_topology_desc(platform="tpu", topology_name=name, **bounds)
         case _:
             raise ValueError(f"{device.name} needs no description: its devices are here")
     if count > len(found.devices):
         raise ValueError(
             f"a mesh of {count} devices, but {device.topology} has {len(found.devices)}"
         )
-    devices = np.array(found.devices[:count]).reshape(tuple(axes.values()))
-    return Mesh(devices, tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
+    # In the order that makes neighbours of a mesh neighbours on the wire, as make_mesh does for
+    # devices that are here.
+    types = (AxisType.Auto,) * len(axes)
+    devices = found.devices[:count]
+    return jax.make_mesh(tuple(axes.values()), tuple(axes), types, devices=devices)
 
 
 def lower(function: Callable, args: tuple, device: Device, mesh: Mesh, **jit: Any) -> Lowered:
@@ -84,9 +102,5 @@ def lower(function: Callable, args: tuple, device: Device, mesh: Mesh, **jit: An
 
     Kernels are lowered for the chip that the mesh in context describes, not for one that is here.
     """
-    chip = AbstractDevice(device_kind=device.kind, num_cores=device.cores, platform=device.platform)
-    types = (AxisType.Auto,) * len(mesh.shape)
-    sizes = tuple(mesh.shape.values())
-    context = AbstractMesh(sizes, tuple(mesh.shape), axis_types=types, abstract_device=chip)
-    with jax.sharding.use_abstract_mesh(context):
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         return jax.jit(function, **jit).trace(*args).lower(lowering_platforms=(device.platform,))

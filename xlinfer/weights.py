@@ -1,7 +1,7 @@
 """Checkpoint or artifact -> a Transformer whose parameters lie where the mesh wants them.
 
 Tensors are read in file order, moved as they are, and cast, transposed and written into their
-layer's place on the device, in place: the peak is the model, one tensor and what is in flight.
+place on the device, in place: the peak is the model, one tensor and what is in flight.
 """
 
 from collections import Counter
@@ -17,6 +17,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from converters import Checkpoint, Layout, Rule, Step, open_checkpoint, parameter_rules, read_tensor
+from pallas_kernels.devices import Device
 from xlinfer.artifact import is_artifact, read_manifest, read_parameters
 from xlinfer.config import ModelConfig
 from xlinfer.mesh import TENSOR, device_of, make_mesh, replicate_kv_heads, sharding
@@ -33,13 +34,19 @@ DTYPES: Mapping[str, np.dtype] = {
     "half": np.dtype(jnp.float16),
 }
 # The letters of converters.rules -> logical axes of mesh.RULES.
-AXES: Mapping[str, str] = {
+AXES: Mapping[str, str | None] = {
     "D": "hidden",
     "F": "ffw",
     "N": "heads",
     "K": "kv_heads",
     "H": "head_dim",
     "V": "vocab",
+    "1": None,
+    "E": "experts",
+    "R": "routes",
+    "P": "expert_ffw",
+    "I": "expert_ffw",
+    "S": "ffw",
 }
 
 
@@ -68,13 +75,10 @@ def load_model(
     if kept is None:
         on_cpu = mesh.devices.flat[0].platform == "cpu"
         kept = DTYPES["float32"] if on_cpu else stored_dtype(checkpoint)
-    unroll = device_of(mesh).platform == "cuda"
-    graph, state = nnx.split(
-        nnx.eval_shape(lambda: Transformer(config, dtype=kept, unroll=unroll, rngs=nnx.Rngs(0)))
-    )
+    graph, state = nnx.split(abstract_model(config, kept, mesh, device_of(mesh)))
     flat = nnx.to_flat_state(state)
     axes = {path: _axes(param, path) for path, param in flat}
-    targets = {path: _target(param.get_value(), axes[path], mesh) for path, param in flat}
+    targets = {path: param.get_value() for path, param in flat}
     replicas = config.num_kv_heads // checkpoint.config.num_kv_heads
     if is_artifact(checkpoint.path):
         kv_axis = {
@@ -88,6 +92,18 @@ def load_model(
         arrays = _stream(steps, targets, mesh, progress or _silent, in_flight_bytes)
     filled = [(path, param.replace(arrays[path])) for path, param in flat]
     return nnx.merge(graph, nnx.from_flat_state(filled))
+
+
+def abstract_model(config: ModelConfig, dtype: Any, mesh: Mesh, device: Device) -> Transformer:
+    """The model without arrays: its parameters are ShapeDtypeStructs that say where each is to lie
+    on `mesh`, which need not be here. Raises ValueError where the mesh does not divide it."""
+    make = lambda: Transformer(config, dtype=dtype, device=device, mesh=mesh, rngs=nnx.Rngs(0))
+    graph, state = nnx.split(nnx.eval_shape(make))
+    placed = [
+        (path, param.replace(_target(param.get_value(), _axes(param, path), mesh)))
+        for path, param in nnx.to_flat_state(state)
+    ]
+    return nnx.merge(graph, nnx.from_flat_state(placed))
 
 
 def stored_dtype(checkpoint: Checkpoint) -> np.dtype:
@@ -120,7 +136,7 @@ def _silent(phase: str, done: int, total: int) -> None:
     pass
 
 
-def _axes(param: nnx.Variable, path: tuple) -> tuple[str, ...]:
+def _axes(param: nnx.Variable, path: tuple) -> tuple[str | None, ...]:
     """The logical axes of a whole parameter: its own metadata does not know that it is stacked."""
     axes = tuple(param.get_metadata("logical_axes"))
     return ("layers", *axes) if path[0] == "layers" else axes
@@ -162,7 +178,7 @@ def _stream(
             host = host.astype(np.float32)
         moved = jax.device_put(host, _source_sharding(layout, mesh))
         arrays[path] = _write(
-            arrays[path], moved, np.int32(step.layer), layout, targets[path].sharding
+            arrays[path], moved, np.array(step.start, np.int32), layout, targets[path].sharding
         )
         in_flight += step.tensor.nbytes
         done += step.tensor.nbytes
@@ -191,7 +207,7 @@ def _source_sharding(layout: Layout, mesh: Mesh) -> NamedSharding:
 
 @partial(jax.jit, static_argnames=("layout", "lies"), donate_argnames="parameter")
 def _write(
-    parameter: jax.Array, tensor: jax.Array, layer: jax.Array, layout: Layout, lies: NamedSharding
+    parameter: jax.Array, tensor: jax.Array, start: jax.Array, layout: Layout, lies: NamedSharding
 ) -> jax.Array:
     """`tensor` in its place in `parameter`, which it reuses; one program per layout and dtype."""
     letters = [letter for group in layout.source_axes for letter in group]
@@ -200,11 +216,8 @@ def _write(
     value = value.transpose([letters.index(letter) for letter in order])
     if layout.kv_replicas > 1 and "K" in order:
         value = value.repeat(layout.kv_replicas, axis=order.index("K"))
-    if parameter.ndim == len(layout.target_axes):
-        written = value.reshape(parameter.shape)
-    else:
-        value = value.reshape(parameter.shape[1:])
-        written = jax.lax.dynamic_update_index_in_dim(parameter, value, layer, 0)
+    at = [start[axis] for axis in range(parameter.ndim)]
+    written = jax.lax.dynamic_update_slice(parameter, value.reshape(layout.slot), at)
     return jax.lax.with_sharding_constraint(written, lies)
 
 

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import pytest
 from converters import CheckpointError, open_checkpoint, parameter_rules, read_tensor
 from converters.families import FAMILIES
 from tests.checkpoints import GOLDENS, config, tensors, write
-from xlinfer.config import DefaultRope, GenerationConfig, LinearRope
+from xlinfer.config import DefaultRope, GenerationConfig, LinearRope, MoE
 
 
 def opened(tmp_path, cfg, **files):
@@ -57,6 +58,13 @@ def test_constants_of_each_family(tmp_path):
         (config("qwen2", tie_word_embeddings=...), "tie_word_embeddings", False),
         (config("qwen3", head_dim=...), "head_dim", 128),
         (config("mistral"), "windows", (4096, 4096)),
+        (config("mixtral"), "windows", (None, None)),
+        (config("mixtral", rope_parameters=...), "rope", DefaultRope(theta=1_000_000.0)),
+        (config("mixtral", router_jitter_noise=0.1), "num_kv_heads", 2),
+        (config("qwen3_moe", head_dim=None), "head_dim", 4),
+        (config("qwen3_moe", mlp_only_layers=[], decoder_sparse_step=1), "num_kv_heads", 2),
+        (config("qwen2_moe"), "qkv_bias", True),
+        (config("qwen2_moe", qkv_bias=False), "qkv_bias", False),
         (config("mistral", sliding_window=None), "windows", (None, None)),
         (config("mistral", sliding_window=7), "windows", (7, 7)),
         (config("qwen2", sliding_window=7), "windows", (None, None)),
@@ -129,7 +137,22 @@ def test_absent_and_optional_keys(cfg, field, want, tmp_path):
         (config("qwen2", layer_types=[1, 2]), "'layer_types'"),
         (config(quantization_config={"quant_method": "awq"}), "awq.* no quantized format yet"),
         (config("lama"), "does not know model_type 'lama'. The nearest: llama"),
-        (config("qwen2_moe"), "The nearest: qwen2.* It knows llama, mistral, qwen2, qwen3"),
+        (
+            config("qwen2_vl"),
+            "The nearest: qwen2.* It knows llama, mistral, mixtral, qwen2, qwen2_",
+        ),
+        (config("qwen3_moe", num_experts=...), "'num_experts' is missing"),
+        (config("qwen3_moe", num_local_experts=4), "num_experts is 8 and num_local_experts 4"),
+        (config("qwen3_moe", num_experts_per_tok=9), "'num_experts_per_tok' is 9, .* 8 experts"),
+        (config("qwen3_moe", moe_intermediate_size=...), "'moe_intermediate_size' is missing"),
+        (config("qwen3_moe", mlp_only_layers=[1]), r"mlp_only_layers \[1\].* leave layers 1 with"),
+        (config("qwen3_moe", mlp_only_layers=["1"]), "'mlp_only_layers' is"),
+        (config("qwen2_moe", decoder_sparse_step=2), "decoder_sparse_step 2 leave layers 0 with"),
+        (config("qwen2_moe", use_sliding_window=True), "'use_sliding_window' is True"),
+        (config("qwen3_moe", shared_expert_intermediate_size=8), "unknown model constant"),
+        (config("qwen2_moe", shared_expert_intermediate_size=...), "'shared_expert_int.* missing"),
+        (config("mixtral", norm_topk_prob=False), "unknown model constant 'norm_topk_prob'"),
+        (config("mixtral", attention_bias=True), "'attention_bias' is True"),
         (config("zzz"), "'zzz'. It knows llama"),
         (config(model_type=...), "'model_type' must name"),
         (config(eos_token_id="x"), "'eos_token_id' is 'x'"),
@@ -235,7 +258,7 @@ def test_every_tensor_has_one_place(model_type, shards, tmp_path):
     assert sorted(step.tensor.name for step in steps) == sorted(held)
     places = [(step.tensor.file, step.tensor.offset) for step in steps]
     assert places == sorted(places)
-    targets = {(step.rule.target, step.layer) for step in steps}
+    targets = {(step.rule.target, step.start) for step in steps}
     assert len(targets) == len(steps)
     for step in steps:
         np.testing.assert_array_equal(read_tensor(step.tensor), held[step.tensor.name])
@@ -248,6 +271,40 @@ def test_the_rule_of_a_kv_projection(tmp_path):
     assert rule.shape == (2, 16, 32) and rule.source_shape == (16, 16)
     assert rule.sources == tuple(f"model.layers.{i}.self_attn.k_proj.weight" for i in range(2))
     assert rules["layers", "attn", "q_D_NH"].shape == (2, 16, 32)
+
+
+def test_the_constants_of_experts(tmp_path):
+    """By either name for their number; Qwen's weights add up to 1 only where the file says so."""
+    shared = MoE(
+        num_experts=4,
+        num_experts_per_tok=2,
+        intermediate_size=12,
+        norm_topk_prob=False,
+        shared_intermediate_size=20,
+    )
+    assert opened(tmp_path, config("qwen2_moe")).config.moe == shared
+    renamed = config("qwen2_moe", num_experts=..., num_local_experts=4, norm_topk_prob=True)
+    assert opened(tmp_path, renamed).config.moe == replace(shared, norm_topk_prob=True)
+    mixtral = replace(
+        shared, intermediate_size=24, norm_topk_prob=True, shared_intermediate_size=None
+    )
+    assert opened(tmp_path, config("mixtral")).config.moe == mixtral
+    assert opened(tmp_path, config("qwen3")).config.moe is None
+
+
+def test_the_rule_of_experts(tmp_path):
+    """Gate and up of one expert lie one after the other along one axis."""
+    rules = {
+        rule.target: rule for rule in parameter_rules(opened(tmp_path, config("mixtral")).config)
+    }
+    rule = rules["layers", "mlp", "gate_up_EID"]
+    assert rule.shape == (2, 4, 48, 16) and rule.source_shape == (24, 16)
+    assert rule.layout.slot == (1, 1, 24, 16)
+    place = dict(zip(rule.sources, rule.starts, strict=True))
+    assert len(place) == 2 * 4 * 2
+    experts = "model.layers.1.block_sparse_moe.experts"
+    assert place[f"{experts}.2.w1.weight"] == (1, 2, 0, 0)
+    assert place[f"{experts}.2.w3.weight"] == (1, 2, 24, 0)
 
 
 def drop(held):

@@ -18,7 +18,7 @@ ATOL = 1e-4
 
 
 @pytest.mark.parametrize("devices", [2, 4])  # with 4 the two kv heads are replicated
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "qwen3-moe"])
 def test_sharded_equals_unsharded(family, devices):
     golden = load_file(GOLDENS / family / "golden.safetensors")
     prompts, want = golden["input_ids"].tolist(), golden["greedy"].tolist()

@@ -11,8 +11,10 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from converters.families import parse_config
+from pallas_kernels.devices import DEVICES
 from tests.checkpoints import FAMILIES, GOLDENS, config, llama_logits, tensors, write
 from xlinfer.mesh import make_mesh
+from xlinfer.models import Transformer
 from xlinfer.weights import load_model
 
 ATOL = {
@@ -108,6 +110,82 @@ def test_variants_equal_the_formulas(changes, tmp_path):
     np.testing.assert_allclose(got, want, atol=ATOL["reference"], rtol=0)
 
 
+def dense(q_BTNH, k_BTKH, v_BTKH, kv, *, layer, window, scale):
+    """Attention with every logit at once, as one writes it down."""
+    T, G = q_BTNH.shape[1], q_BTNH.shape[2] // k_BTKH.shape[2]
+    k_BTNH, v_BTNH = (jnp.repeat(x, G, axis=2) for x in (k_BTKH, v_BTKH))
+    behind_TS = jnp.arange(T)[:, None] - jnp.arange(T)[None]
+    seen_TS = (behind_TS >= 0) & (behind_TS < window)
+    s_BNTS = jnp.einsum("BTNH,BSNH->BNTS", q_BTNH, k_BTNH) * scale
+    p_BNTS = jax.nn.softmax(jnp.where(seen_TS, s_BNTS, -jnp.inf), axis=-1)
+    return jnp.einsum("BNTS,BSNH->BTNH", p_BNTS, v_BTNH), kv
+
+
+T = 530  # longer than two of the reference's blocks
+
+
+@pytest.fixture
+def tokens_BT():
+    return jnp.asarray(np.random.default_rng(4).integers(0, 64, (1, T)), jnp.int32)
+
+
+@jax.jit
+def by_formula(model, tokens_BT):
+    x_BTD, _ = model.hidden(tokens_BT, jnp.arange(T)[None], dense, None, context_len=T)
+    return model.logits(x_BTD)
+
+
+def sliding(folder, *kinds):
+    """A checkpoint whose windows, where there are any, cut within one block and skip another."""
+    cfg = config(
+        model_type="qwen3", max_position_embeddings=600, use_sliding_window=True,
+        sliding_window=70, layer_types=[f"{kind}_attention" for kind in kinds],
+    )  # fmt: skip
+    return write(folder, cfg, tensors(cfg))
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize(
+    "kinds", [("full",) * 2, ("sliding",) * 2, ("sliding", "full")], ids=" ".join
+)
+def test_the_forward_is_dense_attentions(kinds, devices, tokens_BT, tmp_path):
+    """One window for all layers, which is a constant, or not; on devices that share the heads."""
+    folder = sliding(tmp_path, *kinds)
+    got = forward(load_model(folder, mesh=make_mesh(devices)), tokens_BT)
+    want = by_formula(load_model(folder), tokens_BT)
+    np.testing.assert_allclose(got, want, atol=ATOL["same"], rtol=0)
+
+
+def test_the_gradient_is_dense_attentions(tokens_BT, tmp_path):
+    folder = sliding(tmp_path, "sliding", "full")
+
+    def gradient(of, model):
+        loss = lambda model: jax.nn.log_softmax(of(model, tokens_BT))[..., 0].mean()
+        return jax.tree.leaves(jax.jit(jax.grad(loss))(model))
+
+    got = gradient(forward, load_model(folder, mesh=make_mesh(2)))
+    want = gradient(by_formula, load_model(folder))
+    for g, w in zip(got, want, strict=True):
+        largest = np.abs(w).max()
+        assert largest > 0
+        np.testing.assert_allclose(g / largest, w / largest, atol=ATOL["same"], rtol=0)
+
+
+def test_a_models_structure_is_a_value():
+    """Two that were loaded alike are one to jax.jit, and what kernels are chosen for is in it."""
+    structure = lambda devices: nnx.graphdef(load_model(GOLDENS / "llama", mesh=make_mesh(devices)))
+    assert structure(2) == structure(2) and hash(structure(2)) == hash(structure(2))
+    assert structure(2) != structure(1)
+    of = lambda name: nnx.graphdef(
+        nnx.eval_shape(
+            lambda: Transformer(
+                load_model(GOLDENS / "llama").cfg, device=DEVICES[name], rngs=nnx.Rngs(0)
+            )
+        )
+    )
+    assert of("h200") == of("h200") != of("v6e")
+
+
 def test_jit_vmap_and_grad_apply(model):
     tokens_BT = jnp.asarray(np.random.default_rng(2).integers(0, 160, (3, 9)).astype(np.int32))
     want = model(tokens_BT)
@@ -135,6 +213,8 @@ def test_jit_vmap_and_grad_apply(model):
     measured = (at(step) - at(-step)) / (2 * step)
     slope = grads.norm.scale_D.get_value().sum()
     np.testing.assert_allclose(measured, slope, rtol=1e-2)
+    _, forward_slope = jax.jvp(at, (0.0,), (1.0,))
+    np.testing.assert_allclose(forward_slope, slope, rtol=1e-4)
 
 
 def test_later_tokens_do_not_reach_earlier_ones(model):

@@ -26,15 +26,15 @@ LLAMA3_8B = ModelConfig(
     model_type="llama", vocab_size=128256, hidden_size=4096, intermediate_size=14336,
     num_layers=32, num_heads=32, num_kv_heads=8, head_dim=128, hidden_act="silu", norm_eps=1e-5,
     rope=DefaultRope(theta=500000.0), windows=(None,) * 32, qkv_bias=False,
-    attention_output_bias=False, mlp_bias=False, qk_norm=False, tie_word_embeddings=False,
-    max_position_embeddings=8192,
+    attention_output_bias=False, mlp_bias=False, moe=None, qk_norm=False,
+    tie_word_embeddings=False, max_position_embeddings=8192,
 )  # fmt: skip
 TINY = ModelConfig(
     model_type="llama", vocab_size=512, hidden_size=256, intermediate_size=512,
     num_layers=2, num_heads=4, num_kv_heads=2, head_dim=64, hidden_act="silu", norm_eps=1e-5,
     rope=DefaultRope(theta=10000.0), windows=(None,) * 2, qkv_bias=False,
-    attention_output_bias=False, mlp_bias=False, qk_norm=False, tie_word_embeddings=False,
-    max_position_embeddings=256,
+    attention_output_bias=False, mlp_bias=False, moe=None, qk_norm=False,
+    tie_word_embeddings=False, max_position_embeddings=256,
 )  # fmt: skip
 QUANTIZATIONS = {"bf16": None, "w4a16": "int4", "fp8": "fp8"}
 
@@ -90,9 +90,7 @@ def build(cfg: ModelConfig, quantization: str | None, job: Job) -> Transformer:
     """The model, made on the device; quantized there where asked."""
     dtype = jnp.float32 if job.dry_run else jnp.bfloat16
     device = device_here(job.dry_run)
-    make = lambda: Transformer(  # unrolled where xlinfer.weights does
-        cfg, dtype=dtype, unroll=device.platform == "cuda", rngs=nnx.Rngs(0)
-    )
+    make = lambda: Transformer(cfg, dtype=dtype, device=device, rngs=nnx.Rngs(0))
     graph, state = nnx.split(nnx.eval_shape(make))
     filled = []
     for i, (path, param) in enumerate(nnx.to_flat_state(state)):

@@ -3,11 +3,13 @@
 from typing import Protocol, runtime_checkable
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from xlinfer.kvcache import KV, Attend
+from pallas_kernels.devices import Device
+from pallas_kernels.flash_attention import flash_attention
+from xlinfer.kvcache import KV, Attend, by_head
 
 
 @runtime_checkable
@@ -40,16 +42,33 @@ class CausalLM(Protocol):
         ...
 
 
-def causal_attend(q_BTNH, k_BTKH, v_BTKH, kv: KV, *, layer, window, scale):
-    """Dense attention over whole sequences, without a cache: the definition."""
-    (B, T, N, H), K = q_BTNH.shape, k_BTKH.shape[2]
-    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
-    s_BKGTS = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BTKH, preferred_element_type=jnp.float32)
-    behind_TS = jnp.arange(T)[:, None] - jnp.arange(T)[None, :]
-    seen_TS = (behind_TS >= 0) & (behind_TS < window)
-    p_BKGTS = jax.nn.softmax(jnp.where(seen_TS, s_BKGTS * scale, -jnp.inf), axis=-1)
-    o_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", p_BKGTS.astype(v_BTKH.dtype), v_BTKH)
-    return o_BTKGH.reshape(B, T, N, H), kv
+def causal_attend(device: Device, mesh: Mesh | None) -> Attend:
+    """The `attend` over whole sequences, without a cache, by what flash_attention chooses for
+    `device`; each device of the mesh's tensor axis attends with its own heads."""
+
+    def attend(q_BTNH, k_BTKH, v_BTKH, kv: KV, *, layer, window, scale):
+        constant = isinstance(window, int)
+        if constant and window >= q_BTNH.shape[1]:
+            window = None
+
+        def local(q_BTNH, k_BTKH, v_BTKH, traced):
+            return flash_attention(
+                q_BTNH, k_BTKH, v_BTKH,
+                window=window if constant else traced, scale=scale, device=device,
+            )  # fmt: skip
+
+        if mesh is not None and mesh.size > 1:  # XLA cannot split a kernel among devices
+            heads = by_head(mesh, before=2)
+            local = jax.shard_map(
+                local,
+                mesh=mesh,
+                in_specs=(heads, heads, heads, PartitionSpec()),
+                out_specs=heads,
+                check_vma=False,
+            )
+        return local(q_BTNH, k_BTKH, v_BTKH, None if constant else window), kv
+
+    return attend
 
 
 def check_model(model: nnx.Module) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from xlinfer.config import ModelConfig
 from xlinfer.kvcache import KV, Attend
@@ -23,8 +23,10 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 
-def weight(rngs: nnx.Rngs, dtype, axes: tuple[str, ...], *shape: int, **metadata) -> nnx.Param:
-    """A weight whose logical `axes` (see mesh.py) decide its sharding."""
+def weight(
+    rngs: nnx.Rngs, dtype, axes: tuple[str | None, ...], *shape: int, **metadata
+) -> nnx.Param:
+    """A weight whose logical `axes` (see mesh.py) decide its sharding; None is never split."""
     init = nnx.initializers.normal(0.02)
     return nnx.Param(init(rngs.params(), shape, dtype), logical_axes=axes, **metadata)
 
@@ -95,8 +97,8 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    def __init__(self, cfg: ModelConfig, *, dtype, rngs: nnx.Rngs):
-        D, F = cfg.hidden_size, cfg.intermediate_size
+    def __init__(self, cfg: ModelConfig, F: int, *, dtype, rngs: nnx.Rngs):
+        D = cfg.hidden_size
         self.gate_DF = matrix(rngs, dtype, ("hidden", "ffw"), D, F)
         self.up_DF = matrix(rngs, dtype, ("hidden", "ffw"), D, F)
         self.down_FD = matrix(rngs, dtype, ("ffw", "hidden"), F, D)
@@ -113,27 +115,3 @@ class MLP(nnx.Module):
             up_BTF += self.up_bias_F[...][None, None]
         y_BTD = product(ACTIVATIONS[self.cfg.hidden_act](gate_BTF) * up_BTF, self.down_FD)
         return y_BTD + self.down_bias_D[...][None, None] if self.cfg.mlp_bias else y_BTD
-
-
-class Block(nnx.Module):
-    """One layer: pre-norm attention, pre-norm gated MLP."""
-
-    def __init__(self, cfg: ModelConfig, *, dtype, rngs: nnx.Rngs):
-        self.attn_norm = RMSNorm(cfg.hidden_size, "hidden", cfg.norm_eps, dtype=dtype)
-        self.attn = Attention(cfg, dtype=dtype, rngs=rngs)
-        self.mlp_norm = RMSNorm(cfg.hidden_size, "hidden", cfg.norm_eps, dtype=dtype)
-        self.mlp = MLP(cfg, dtype=dtype, rngs=rngs)
-
-    def __call__(
-        self,
-        x_BTD: Float[Array, "B T D"],
-        angles: Angles,
-        attend: Attend,
-        kv: KV,
-        *,
-        layer,
-        window,
-    ) -> tuple[Float[Array, "B T D"], KV]:
-        y_BTD, kv = self.attn(self.attn_norm(x_BTD), angles, attend, kv, layer=layer, window=window)
-        x_BTD += y_BTD
-        return x_BTD + self.mlp(self.mlp_norm(x_BTD)), kv

@@ -1,0 +1,203 @@
+"""Mixtures of experts against a loop over experts, and what holds of them alone."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from pallas_kernels.devices import DEVICES
+from tests.checkpoints import GOLDENS, config, llama_logits, tensors, write
+from xlinfer.mesh import make_mesh
+from xlinfer.models.moe import MoE
+from xlinfer.quant import QTensor, quantize_model
+from xlinfer.weights import load_model
+
+CPU = DEVICES["cpu"]
+ATOL = {
+    "reference": 5e-5,  # float32 against float64, logits of a few units
+    "same": 2e-5,  # float32 against float32: only the order of summation differs
+}
+
+
+@jax.jit
+def forward(model, tokens_BT):
+    return model(tokens_BT)
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model_type": "qwen2_moe"},
+        {"model_type": "qwen2_moe", "norm_topk_prob": True, "qkv_bias": True},
+        {"model_type": "qwen3_moe"},
+        {"model_type": "qwen3_moe", "norm_topk_prob": True, "num_experts_per_tok": 1},
+        {"model_type": "qwen3_moe", "num_experts_per_tok": 8, "attention_bias": True},
+        {"model_type": "mixtral", "tie_word_embeddings": True},
+    ],
+    ids=lambda changes: " ".join(f"{k}={v}" for k, v in changes.items()),
+)
+def test_variants_equal_a_loop_over_experts(changes, devices, tmp_path):
+    cfg = config(**changes)
+    held = tensors(cfg)
+    tokens_T = np.random.default_rng(1).integers(0, cfg["vocab_size"], 12)
+    freq_h = 1000.0 ** -(np.arange(0, 8, 2) / 8)
+    want = llama_logits(cfg, held, tokens_T, freq_h)
+    model = load_model(write(tmp_path, cfg, held), mesh=make_mesh(devices))
+    got = forward(model, tokens_T[None].astype(np.int32))[0]
+    np.testing.assert_allclose(got, want, atol=ATOL["reference"], rtol=0)
+
+
+@jax.jit
+def apply(moe, x_BTD):
+    return moe(x_BTD)
+
+
+def experts(model) -> MoE:
+    assert isinstance(model.layers.mlp, MoE)
+    return model.layers.mlp
+
+
+def block(devices=1) -> MoE:
+    """The experts of one layer of the golden."""
+    graph, state = nnx.split(experts(load_model(GOLDENS / "qwen3-moe", mesh=make_mesh(devices))))
+    return nnx.merge(graph, jax.tree.map(lambda x: x[1], state))
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_a_tokens_bits_do_not_depend_on_its_neighbours(devices, keys):
+    """Whoever shares the bucket may send any number of rows to this token's experts."""
+    moe = block(devices)
+    x_D = jax.random.normal(next(keys), (32,))
+    neighbours = (
+        jnp.zeros((15, 32)),
+        jnp.broadcast_to(x_D, (15, 32)),
+        jax.random.normal(next(keys), (15, 32)),
+    )
+    got = {
+        np.asarray(apply(moe, jnp.insert(others, at, x_D, axis=0)[None])[0, at]).tobytes()
+        for others in neighbours
+        for at in (0, 7, 15)
+    }
+    assert len(got) == 1
+
+
+def test_experts_nobody_chose_change_nothing(keys):
+    """Their weights may be anything at all."""
+    moe = block()
+    x_BTD = jax.random.normal(next(keys), (1, 2, 32))
+    _, chosen_Tk = moe.route(x_BTD[0])
+    want = apply(moe, x_BTD)
+    unused = sorted(set(range(8)) - set(np.asarray(chosen_Tk).ravel().tolist()))
+    assert unused
+    moe.down_EDI.set_value(moe.down_EDI[...].at[jnp.asarray(unused)].set(jnp.nan))
+    np.testing.assert_array_equal(apply(moe, x_BTD), want)
+
+
+def dequantized(q: QTensor) -> np.ndarray:
+    """What the QTensor of a stack stands for, [..., N, K], written out as its formats say."""
+    data, scale = np.asarray(q.data_NK, np.float32), np.asarray(q.scale, np.float32)
+    *_, N, K = data.shape
+    match q.data_NK.dtype.name:
+        case "int4":
+            return data * np.repeat(scale.swapaxes(-1, -2), K // scale.shape[-2], -1)
+        case "int8":
+            return data * scale[..., None]
+        case _:
+            return data * np.repeat(np.repeat(scale, 128, -2)[..., :N, :], 128, -1)[..., :K]
+
+
+@pytest.mark.parametrize("method", ["int4", "int8", "fp8"])
+def test_quantized_experts_hold_the_nearest_numbers(method):
+    model = load_model(GOLDENS / "qwen3-moe")
+    moe = experts(model)
+    matrices = lambda: [p.get_value() for p in (moe.gate_up_EID, moe.down_EDI)]
+    before = matrices()
+    quantize_model(model, method, CPU)
+    half_step = {"int4": 0.5 / 7, "int8": 0.5 / 127, "fp8": 2**-4}[method]
+    for w, q in zip(before, matrices(), strict=True):
+        assert isinstance(q, QTensor) and q.data_NK.shape == w.shape
+        assert np.abs(dequantized(q) - w).max() <= half_step * np.abs(w).max()
+    assert moe.router_DR.get_value().dtype == jnp.float32
+
+
+@pytest.mark.parametrize("method", ["int4", "int8"])
+def test_quantized_experts_are_multiplied_as_they_stand(method, keys):
+    """A model that holds in float32 what the quantized one stores gives its logits."""
+    quantized, plain = (load_model(GOLDENS / "qwen3-moe") for _ in range(2))
+    quantize_model(quantized, method, CPU)
+    for name in ("gate_up_EID", "down_EDI"):
+        q = getattr(quantized.layers.mlp, name).get_value()
+        getattr(plain.layers.mlp, name).set_value(jnp.asarray(dequantized(q)))
+    for name in ("q_D_NH", "k_D_KH", "v_D_KH", "o_NH_D"):
+        q = getattr(quantized.layers.attn, name).get_value()
+        w_LKN = jnp.asarray(dequantized(q)).swapaxes(1, 2)
+        getattr(plain.layers.attn, name).set_value(w_LKN)
+    tokens_BT = jax.random.randint(next(keys), (1, 20), 0, 160)
+    got, want = forward(quantized, tokens_BT), forward(plain, tokens_BT)
+    np.testing.assert_allclose(got, want, atol=ATOL["same"], rtol=0)
+
+
+def test_fp8_experts_round_the_activations_too(keys):
+    moe = block()
+    x_BTD = jax.random.normal(next(keys), (1, 9, 32))
+    want = apply(moe, x_BTD)
+    quantize_model(moe, "fp8", CPU)
+    error = np.linalg.norm(apply(moe, x_BTD) - want) / np.linalg.norm(want)
+    assert 0 < error < 0.1  # three products, each rounded by at most 2**-4 and by less on average
+
+
+def loop(moe: MoE, x_BTD):
+    """Every expert for every token, and the weights of those not chosen are 0."""
+    x_TD = x_BTD[0]
+    weight_Tk, expert_Tk = moe.route(x_TD)
+    y_TD = jnp.zeros_like(x_TD)
+    for e, (gate_up_ID, down_DI) in enumerate(
+        zip(moe.gate_up_EID[...], moe.down_EDI[...], strict=True)
+    ):
+        gate_TI, up_TI = jnp.split(x_TD @ gate_up_ID.T, 2, axis=1)
+        weight_T1 = jnp.where(expert_Tk == e, weight_Tk, 0).sum(1, keepdims=True)
+        y_TD += weight_T1 * (jax.nn.silu(gate_TI) * up_TI @ down_DI.T)
+    return y_TD[None]
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_gradients_are_those_of_the_loop(devices, keys):
+    x_BTD, to_BTD = jax.random.normal(next(keys), (2, 1, 9, 32))
+
+    def gradients(of, moe):
+        loss = lambda moe, x: ((of(moe, x) - to_BTD) ** 2).mean()
+        return jax.tree.leaves(jax.jit(jax.grad(loss, argnums=(0, 1)))(moe, x_BTD))
+
+    got = gradients(MoE.__call__, block(devices))
+    for one, want in zip(got, gradients(loop, block()), strict=True):
+        largest = np.abs(want).max()
+        assert largest > 0
+        np.testing.assert_allclose(one / largest, want / largest, atol=ATOL["same"], rtol=0)
+
+
+def test_vmap_applies(keys):
+    moe, x_NBTD = block(), jax.random.normal(next(keys), (2, 1, 9, 32))
+    each = jnp.stack([apply(moe, x_BTD) for x_BTD in x_NBTD])
+    got = jax.jit(jax.vmap(lambda x_BTD: moe(x_BTD)))(x_NBTD)
+    np.testing.assert_allclose(got, each, atol=ATOL["same"], rtol=0)
+
+
+def test_the_whole_model_may_be_differentiated():
+    model = load_model(GOLDENS / "qwen3-moe")
+    tokens_BT = jnp.arange(12)[None]
+    loss = jax.jit(lambda model: -jax.nn.log_softmax(model(tokens_BT))[..., 1].mean())
+    grads = jax.jit(jax.grad(loss))(model)
+    assert all(0 < jnp.abs(g).max() < 100 for g in jax.tree.leaves(grads))
+    # The slope along one layer's experts, measured.
+    down = experts(model).down_EDI
+    held, step = down.get_value(), 1e-3
+
+    def at(shift):
+        down.set_value(held.at[1].add(shift))
+        return loss(model)
+
+    measured = (at(step) - at(-step)) / (2 * step)
+    slope = grads.layers.mlp.down_EDI.get_value()[1].sum()
+    np.testing.assert_allclose(measured, slope, rtol=2e-2)

@@ -1,0 +1,109 @@
+"""A mixture of experts in place of an MLP.
+
+T tokens  D hidden  R = E experts  k of them for each token  I ffw hidden of an expert
+M = T k rows: a token for each of its experts
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.devices import Device
+from xlinfer.config import ModelConfig
+from xlinfer.mesh import TENSOR
+from xlinfer.models.parts import ACTIVATIONS, MLP, weight
+from xlinfer.quant import Experts, grouped_product
+
+Choice = tuple[Float[Array, "T k"], Int[Array, "T k"]]  # weights, and experts by number
+
+
+class MoE(nnx.Module):
+    """Each expert is a gated MLP without biases. They are spread over the mesh's tensor axis, some
+    to a device; every device sees all tokens and multiplies its own experts' rows."""
+
+    def __init__(
+        self, cfg: ModelConfig, *, dtype, device: Device, mesh: Mesh | None, rngs: nnx.Rngs
+    ):
+        assert cfg.moe is not None
+        D, E, I = cfg.hidden_size, cfg.moe.num_experts, cfg.moe.intermediate_size
+        self.router_DR = weight(rngs, dtype, ("hidden", "routes"), D, E)
+        # [E, N, K] as grouped_matmul wants it; the first I of gate_up's rows are the gate's.
+        self.gate_up_EID = weight(
+            rngs, dtype, ("experts", "expert_ffw", "hidden"), E, 2 * I, D, is_experts=True
+        )
+        self.down_EDI = weight(
+            rngs, dtype, ("experts", "hidden", "expert_ffw"), E, D, I, is_experts=True
+        )
+        if (shared := cfg.moe.shared_intermediate_size) is not None:
+            self.shared = MLP(cfg, shared, dtype=dtype, rngs=rngs)
+            self.shared_gate_D1 = weight(rngs, dtype, ("hidden", None), D, 1)
+        self.moe, self.activation = cfg.moe, cfg.hidden_act
+        self.device, self.mesh = device, mesh
+
+    def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        x_TD = x_BTD.reshape(-1, x_BTD.shape[-1])
+        y_TD = self.experts(x_TD, self.route(x_TD))
+        y_BTD = y_TD.reshape(x_BTD.shape)
+        if self.moe.shared_intermediate_size is None:
+            return y_BTD
+        return y_BTD + jax.nn.sigmoid(x_BTD @ self.shared_gate_D1[...]) * self.shared(x_BTD)
+
+    def route(self, x_TD: Float[Array, "T D"]) -> Choice:
+        """In float32: where two experts score nearly alike, bf16 would choose by rounding."""
+        logits_TR = jnp.einsum(
+            "TD,DR->TR", x_TD, self.router_DR[...],
+            precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32,
+        )  # fmt: skip
+        p_TR = jax.nn.softmax(logits_TR, axis=-1)
+        weight_Tk, expert_Tk = lax.top_k(p_TR, self.moe.num_experts_per_tok)
+        if self.moe.norm_topk_prob:
+            weight_Tk /= weight_Tk.sum(-1, keepdims=True)
+        return weight_Tk, expert_Tk
+
+    def experts(self, x_TD: Float[Array, "T D"], choice: Choice) -> Float[Array, "T D"]:
+        """The sum of the chosen experts' outputs by their weights."""
+        matrices = self.gate_up_EID.get_value(), self.down_EDI.get_value()
+        mesh, E = self.mesh, self.moe.num_experts
+        if mesh is None or mesh.size == 1:  # XLA cannot split a kernel among devices
+            return self._own(x_TD, choice, matrices, E)
+        axis = TENSOR if TENSOR in mesh.shape else None
+
+        def local(x_TD, choice, matrices):
+            if axis is None:
+                return self._own(x_TD, choice, matrices, E)
+            (weight_Tk, expert_Tk), own = choice, E // mesh.shape[axis]
+            expert_Tk -= own * lax.axis_index(axis)
+            # Another device's is number `own`: it comes after all of this one's.
+            expert_Tk = jnp.where((expert_Tk >= 0) & (expert_Tk < own), expert_Tk, own)
+            return lax.psum(self._own(x_TD, (weight_Tk, expert_Tk), matrices, own), axis)
+
+        none = PartitionSpec()
+        by_expert = lambda a: PartitionSpec(*[None] * (a.ndim - 3), axis) if a.ndim else none
+        run = jax.shard_map(
+            local,
+            mesh=mesh,
+            in_specs=(none, (none, none), jax.tree.map(by_expert, matrices)),
+            out_specs=none,
+            check_vma=False,
+        )
+        return run(x_TD, choice, matrices)
+
+    def _own(self, x_TD, choice: Choice, matrices: tuple[Experts, Experts], E: int):
+        """What `E` experts, numbered from 0, add; those numbered E add nothing.
+
+        Rows come back by a gather: a scatter would add in the order of its atomics.
+        """
+        (weight_Tk, expert_Tk), (gate_up, down) = choice, matrices
+        expert_M = expert_Tk.reshape(-1)
+        order_M = jnp.argsort(expert_M, stable=True)
+        row_M = jnp.zeros_like(order_M).at[order_M].set(jnp.arange(order_M.size, dtype=jnp.int32))
+        size_E = (expert_M[None] == jnp.arange(E)[:, None]).sum(1, dtype=jnp.int32)
+        product = lambda x_MK, w: grouped_product(x_MK, w, size_E, self.device)
+        x_MD = x_TD[order_M // self.moe.num_experts_per_tok]
+        gate_MI, up_MI = jnp.split(product(x_MD, gate_up), 2, axis=-1)
+        y_MD = product(ACTIVATIONS[self.activation](gate_MI) * up_MI, down)
+        y_TkD = y_MD[row_M].reshape(*expert_Tk.shape, -1).astype(jnp.float32)
+        return (y_TkD * weight_Tk[..., None]).sum(1).astype(x_TD.dtype)
