@@ -15,7 +15,7 @@ import httpx
 import pytest
 
 from tests.serve.fake_engine import DATA
-from xlinfer.compile import use_compile_cache
+from xlinfer.compile.store import Store
 from xlinfer.progress import plain_progress, show_progress
 from xlinfer.serve.__main__ import engine_options, server_options_of
 from xlinfer.serve.flags import UsageError, help_text, parse
@@ -263,4 +263,4 @@ def test_a_compile_cache_others_can_write_to_is_refused(tmp_path):
     (tmp_path / "shared").mkdir()
     os.chmod(tmp_path / "shared", 0o777)
     with pytest.raises(ValueError, match="writable by nobody else"):
-        use_compile_cache(tmp_path / "shared")
+        Store(tmp_path / "shared")

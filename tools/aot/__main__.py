@@ -3,7 +3,8 @@
 For each op, case and device, in a process of its own: it compiles, no register is spilled (ptxas)
 and VMEM is enough (the TPU compiler refuses otherwise), no dequantised copy of the weights is
 among the temporaries, and a TPU kernel's cost estimate is the work that the case needs. The
-engine's own programs for Llama 3 8B alias their cache and copy no weights.
+engine's own programs for Llama 3 8B hold kernels, alias their cache and copy no weights; the
+model's own forward holds kernels and no square of logits.
 """
 
 import argparse
@@ -117,6 +118,8 @@ def faults(job: Job, report: dict[str, Any]) -> list[str]:
     if report["spilled"]:
         found.append(f"{report['spilled']} bytes of registers spilled")
     if job.op == ENGINE:
+        if report["kernels"] == 0:
+            found.append("no Pallas kernel is in it")
         if report["alias_bytes"] < report["cache_bytes"]:
             found.append(f"{report['alias_bytes']} bytes aliased: the cache is copied")
         if report["temp_bytes"] > report["most_temp_bytes"]:

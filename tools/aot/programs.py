@@ -1,8 +1,10 @@
 """`python -m tools.aot.programs PROGRAM BUCKET QUANTIZATION DEVICE`: the engine's program of that
-name and size for Llama 3 8B, with the kernels that the engine would choose; JSON as the last line.
+name and size for Llama 3 8B, with the kernels that the engine would choose, or the model's own
+forward of one row, `call`; JSON as the last line.
 """
 
 import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -14,16 +16,13 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from converters.families import parse_config
+from pallas_kernels import flash_attention
 from pallas_kernels.devices import DEVICES, Device
-from pallas_kernels.paged_attention import choose
-from xlinfer.compile import jobs_of
 from xlinfer.config import ModelConfig
-from xlinfer.kvcache import CacheSpec
-from xlinfer.models import Transformer
-from xlinfer.plan import make_plan
-from xlinfer.programs import Programs
+from xlinfer.deployment import Job, Sizes, deploy, facts_of
 from xlinfer.quant import quantize_model
 from xlinfer.topology import described_mesh, lower
+from xlinfer.weights import abstract_model
 
 LLAMA_3_8B = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096,
@@ -39,68 +38,74 @@ PROGRAMS = (
     ("forward", 2048, "none"),
     ("decode", 128, "int4"),
     ("decode", 128, "fp8"),
+    ("call", 2048, "none"),
 )
-PAGE_SIZE, NUM_PAGES = 64, 513
+NUM_PAGES = 513
+SIZES = Sizes(
+    max_model_len=4096, max_num_seqs=128, max_num_batched_tokens=2048, page_size=64,
+    num_pages=NUM_PAGES,
+)  # fmt: skip
+PALLAS_CALL = r'custom_call_target="(tpu_custom_call|mosaic_gpu\w*)"'
 
 
 def compile_program(program: str, bucket: str, quantization: str, device_name: str) -> dict:
-    """Bytes and seconds, and the bounds on them: `cache_bytes` must be aliased, and temporaries
-    stay below `most_temp_bytes`, which has no room for copies of weights."""
+    """Bytes, seconds and Pallas kernels, and the bounds on them: `cache_bytes` must be aliased,
+    temporaries stay below `most_temp_bytes`, which has no room for copies of weights."""
     device = DEVICES[device_name]
     mesh = described_mesh(device)
     config = parse_config(Path("config.json"), LLAMA_3_8B)
-    unroll = device.platform == "cuda"
-    model = nnx.eval_shape(
-        lambda: Transformer(config, dtype=jnp.bfloat16, unroll=unroll, rngs=nnx.Rngs(0))
-    )
+    model = abstract_model(config, jnp.bfloat16, mesh, device)
     if quantization != "none":
         quantize_model(model, quantization, device)
-    whole = NamedSharding(mesh, PartitionSpec())
-    place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole)
     graph, state = nnx.split(model)
-    leaves, tree = jax.tree.flatten(state)
-    impl = choose(device, page_size=PAGE_SIZE, head_dim=config.head_dim, dtype=jnp.bfloat16)
-    plan = make_plan(
-        max_model_len=4096, max_num_seqs=128, max_num_batched_tokens=2048, page_size=PAGE_SIZE,
-        num_pages=NUM_PAGES, decode_window=32, max_logprobs=20, deterministic=False,
-        bucket_ratio=2,
+    params, tree = jax.tree.flatten(state)
+    if program == "call":
+        call = lambda params, token_BT: nnx.merge(graph, jax.tree.unflatten(tree, params))(token_BT)
+        whole = NamedSharding(mesh, PartitionSpec())
+        row = jax.ShapeDtypeStruct((1, int(bucket)), jnp.int32, sharding=whole)
+        head = config.head_dim
+        return report(Job(call, (tuple(params), row), (), None), device, mesh) | {
+            "attention_impl": flash_attention.choose(device, H=head, V=head, dtype=jnp.bfloat16),
+            "cache_bytes": 0,
+            "most_temp_bytes": most_temp_bytes(program, int(bucket), 1, config),
+        }
+    deployment = deploy(
+        graph, state, facts_of(model), mesh=mesh, device=device, device_bytes=0,
+        sizes=SIZES, described=True,
     )  # fmt: skip
-    spec = CacheSpec(
-        num_layers=config.num_layers, num_pages=NUM_PAGES, num_kv_heads=config.num_kv_heads,
-        page_size=PAGE_SIZE, head_dim=config.head_dim, dtype=jnp.bfloat16, impl=impl,
-    )  # fmt: skip
-    programs = Programs(
-        graph=graph, tree=tree, plan=plan, mesh=mesh, device=device, attention_impl=impl
-    )
-    params = tuple(place(x) for x in leaves)
-    jobs = jobs_of(programs, params, config.vocab_size, spec.abstract(mesh))
-    job = jobs[program, int(bucket)]
-    return report(job, device, mesh) | {
-        "attention_impl": impl,
-        "cache_bytes": NUM_PAGES * spec.page_bytes_per_device(mesh),
-        "most_temp_bytes": most_temp_bytes(program, int(bucket), plan.max_num_seqs, config),
+    compiled = report(deployment.jobs()[program, int(bucket)], device, mesh)
+    rows = deployment.plan.max_num_seqs
+    return compiled | {
+        "attention_impl": deployment.spec.impl,
+        "cache_bytes": NUM_PAGES * deployment.memory.page_bytes,
+        "most_temp_bytes": most_temp_bytes(program, int(bucket), rows, config),
     }
 
 
 def most_temp_bytes(program: str, bucket: int, rows: int, config: ModelConfig) -> int:
     """The sampler's state, updated out of place, and several float32 logits of every row; or a
-    prompt's hidden states, several MLPs wide."""
+    prompt's hidden states, several MLPs wide. Of a call three, gate, up and their product: the
+    probabilities of a layer, [N, T, T] in bf16, would be half as much again."""
     if program == "decode":
         return 4 * config.vocab_size * (2 * (rows + 1) + 6 * bucket)
+    if program == "call":
+        return 2 * bucket * 3 * config.intermediate_size
     return 2 * bucket * (8 * config.intermediate_size + 8 * config.hidden_size)
 
 
-def report(job: Any, device: Device, mesh: Any) -> dict:
+def report(job: Job, device: Device, mesh: Any) -> dict:
     started = time.perf_counter()
     lowered = lower(
         job.run, job.args, device, mesh, donate_argnums=job.donated, out_shardings=job.placed
     )
-    memory = lowered.compile().memory_analysis()
-    assert memory is not None
+    compiled = lowered.compile()
+    memory, hlo = compiled.memory_analysis(), compiled.as_text()
+    assert memory is not None and hlo is not None
     return {
         "seconds": time.perf_counter() - started,
         "temp_bytes": memory.temp_size_in_bytes,
         "alias_bytes": memory.alias_size_in_bytes,
+        "kernels": len(re.findall(PALLAS_CALL, hlo)),
     }
 
 

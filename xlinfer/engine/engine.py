@@ -4,6 +4,7 @@
 which the device finished meanwhile.
 """
 
+import logging
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,43 +15,36 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from pallas_kernels.checks import check_one_of
-from pallas_kernels.devices import Impl, check_runs
-from pallas_kernels.paged_attention import IMPLS, choose
-from xlinfer.compile import compile_all
+from pallas_kernels.devices import Impl
+from xlinfer.compile import Executables, compile_all
+from xlinfer.compile.store import Store
+from xlinfer.deployment import Sizes, deploy, facts_of, paths_of
 from xlinfer.engine.outputs import Outputs
 from xlinfer.engine.pages import PagePool
 from xlinfer.engine.runner import InFlight, Runner
 from xlinfer.engine.scheduler import Scheduler
 from xlinfer.engine.sequence import Sequence
 from xlinfer.engine.slots import check_request, stop_ids
-from xlinfer.kvcache import CacheSpec
 from xlinfer.mesh import device_of, make_mesh
-from xlinfer.models import check_model
-from xlinfer.plan import Plan, PlanError, make_plan, pages_for
-from xlinfer.programs import Programs
+from xlinfer.plan import Plan
 from xlinfer.progress import Progress
-from xlinfer.quant import QTensor
 from xlinfer.request import EngineStats, InvalidRequest, Request, TokenOutput
 
 STEPS_IN_FLIGHT = 2  # one runs while the next is scheduled
+logger = logging.getLogger("xlinfer.engine")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Defaults:
-    """What an engine takes where its caller is silent, by kind of device."""
+class Ready:
+    """What an engine runs: parameters in place, programs compiled for them."""
 
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    page_size: int
-    bucket_ratio: int
-
-
-# On CPU a step is bound by arithmetic, so a larger one gains nothing, and two cores compile the
-# programs, so there are few. Elsewhere pages are of the size that kernels copy at once.
-ON_CPU = Defaults(max_num_seqs=32, max_num_batched_tokens=512, page_size=16, bucket_ratio=4)
-ELSEWHERE = Defaults(max_num_seqs=128, max_num_batched_tokens=2048, page_size=64, bucket_ratio=2)
-CPU_CACHE_BYTES = 1 << 30  # the KV cache's budget where the memory is the host's
+    params: tuple[jax.Array, ...]
+    paths: tuple[str, ...]  # of the parameters, in the model's state
+    executables: Executables
+    plan: Plan
+    mesh: Mesh
+    vocab_size: int
+    attention_impl: Impl
 
 
 class Engine:
@@ -71,6 +65,7 @@ class Engine:
       attention_impl: of pallas_kernels.paged_attention; by default what that op chooses for the
         device.
       seed: for requests that name none.
+      kept: where compiled programs are looked for and left.
       progress: called as progress("compile", done, total).
 
     Raises PlanError when the numbers do not fit each other or the memory, ValueError when the
@@ -94,68 +89,53 @@ class Engine:
         attention_impl: str | None = None,
         max_logprobs: int = 20,
         seed: int = 0,
+        kept: Store | None = None,
         progress: Progress | None = None,
     ):
-        check_model(model)
+        facts = facts_of(model)
         graph, state = nnx.split(model)
-        leaves, self._tree = jax.tree.flatten(state)
-        params = tuple(leaves)
+        params = tuple(jax.tree.leaves(state))
         mesh = mesh or _mesh_of(params)
-        self.vocab_size: int = model.vocab_size  # type: ignore[attr-defined]
-        defaults = ON_CPU if mesh.devices.flat[0].platform == "cpu" else ELSEWHERE
-        max_num_seqs = defaults.max_num_seqs if max_num_seqs is None else max_num_seqs
-        page_size = defaults.page_size if page_size is None else page_size
-        if max_num_batched_tokens is None:
-            # Deterministic serving pays for the whole bucket at every step, so it is kept small.
-            most = 64 if deterministic else defaults.max_num_batched_tokens
-            max_num_batched_tokens = max(max_num_seqs, most)
-        positions: int = model.max_position_embeddings  # type: ignore[attr-defined]
-        max_model_len = positions if max_model_len is None else max_model_len
-        _check_sizes(positions, max_model_len, page_size)
-        device, dtype = device_of(mesh), _activation_dtype(state)
-        head_dim: int = model.head_dim  # type: ignore[attr-defined]
-        if attention_impl is not None:
-            check_one_of("attention_impl", attention_impl, IMPLS)
-            check_runs("attention_impl", attention_impl, device)
-        self.attention_impl: Impl = attention_impl or choose(  # type: ignore[assignment]
-            device, page_size=page_size, head_dim=head_dim, dtype=dtype
-        )
-        spec = CacheSpec(
-            num_layers=model.num_layers,  # type: ignore[attr-defined]
-            num_pages=num_pages or 0,
-            num_kv_heads=model.num_kv_heads,  # type: ignore[attr-defined]
-            page_size=page_size,
-            head_dim=head_dim,
-            dtype=dtype,
-            impl=self.attention_impl,
-        )
-        if num_pages is None:
-            whole = max_num_seqs * pages_for(max_model_len, page_size) + 1
-            budget = _cache_budget(params, mesh, hbm_utilization)
-            num_pages = min(whole, budget // spec.page_bytes_per_device(mesh))
-            spec = spec.with_pages(num_pages)
-        self.plan: Plan = make_plan(
-            max_model_len=max_model_len,
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens,
-            page_size=page_size,
-            num_pages=num_pages,
-            decode_window=decode_window,
-            max_logprobs=min(max_logprobs, self.vocab_size),
-            deterministic=deterministic,
-            bucket_ratio=defaults.bucket_ratio,
-        )
-        programs = Programs(
-            graph=graph, tree=self._tree, plan=self.plan, mesh=mesh, device=device,
-            attention_impl=self.attention_impl,
+        device_bytes, held_bytes = _memory_of(mesh.devices.flat[0])
+        deployment = deploy(
+            graph, state, facts, mesh=mesh, device=device_of(mesh),
+            device_bytes=device_bytes, held_bytes=held_bytes,
+            sizes=Sizes(
+                max_model_len=max_model_len, max_num_seqs=max_num_seqs,
+                max_num_batched_tokens=max_num_batched_tokens, page_size=page_size,
+                num_pages=num_pages, hbm_utilization=hbm_utilization,
+                decode_window=decode_window, deterministic=deterministic,
+                attention_impl=attention_impl, max_logprobs=max_logprobs,
+            ),
         )  # fmt: skip
-        executables = compile_all(programs, params, self.vocab_size, spec.abstract(mesh), progress)
+        compiled = Ready(
+            params=params,
+            paths=deployment.paths,
+            executables=compile_all(deployment, kept, progress, logger.info),
+            plan=deployment.plan,
+            mesh=mesh,
+            vocab_size=facts.vocab_size,
+            attention_impl=deployment.spec.impl,
+        )
+        self._start(compiled, enable_prefix_caching, seed)
+
+    @classmethod
+    def of(cls, ready: Ready, *, enable_prefix_caching: bool = True, seed: int = 0) -> "Engine":
+        """Of programs that are compiled already: an artifact's."""
+        engine = cls.__new__(cls)
+        engine._start(ready, enable_prefix_caching, seed)
+        return engine
+
+    def _start(self, ready: Ready, enable_prefix_caching: bool, seed: int) -> None:
+        self.plan, self.vocab_size = ready.plan, ready.vocab_size
+        self.attention_impl = ready.attention_impl
+        self._paths = ready.paths
         self._runner = Runner(
-            params, executables, spec.allocate(mesh), self.plan, mesh,
+            ready.params, ready.executables, self.plan, ready.mesh,
             vocab_size=self.vocab_size, seed=seed,
         )  # fmt: skip
         self._scheduler = Scheduler(
-            self.plan, PagePool(num_pages), enable_prefix_caching=enable_prefix_caching
+            self.plan, PagePool(self.plan.num_pages), enable_prefix_caching=enable_prefix_caching
         )
         self._sequences: dict[str, Sequence] = {}  # unfinished, by request id
         self._in_flight: deque[InFlight] = deque()
@@ -221,13 +201,10 @@ class Engine:
         Unfinished requests go on with the new weights: their KV is computed again. Raises
         ValueError naming the parameter that does not fit, and then nothing has changed.
         """
-        leaves, tree = jax.tree.flatten(params)
-        if tree != self._tree:
+        leaves = jax.tree.leaves(params)
+        if paths_of(params) != self._paths:
             raise ValueError("The new parameters have another structure than the model's.")
-        paths = [
-            jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)
-        ]
-        for path, new, old in zip(paths, leaves, self._runner.params, strict=True):
+        for path, new, old in zip(self._paths, leaves, self._runner.params, strict=True):
             if new.shape != old.shape or new.dtype != old.dtype:
                 raise ValueError(
                     f"{path} is {new.dtype}{list(new.shape)}, the model's is "
@@ -262,43 +239,7 @@ def _mesh_of(params: tuple[jax.Array, ...]) -> Mesh:
     return make_mesh(1, devices=sorted(sharding.device_set, key=lambda d: d.id)[:1])
 
 
-def _check_sizes(positions: int, max_model_len: int, page_size: int) -> None:
-    if page_size < 1:
-        raise PlanError(f"page_size must be at least 1, got {page_size}.")
-    if max_model_len > positions:
-        raise PlanError(
-            f"max_model_len={max_model_len} is past the model's max_position_embeddings="
-            f"{positions}; ask for at most that."
-        )
-
-
-def _cache_budget(params: tuple[jax.Array, ...], mesh: Mesh, hbm_utilization: float) -> int:
-    """Bytes of each device that the KV cache may take."""
-    if not 0 < hbm_utilization <= 1:
-        raise PlanError(f"hbm_utilization must be in (0, 1], got {hbm_utilization}.")
-    device = mesh.devices.flat[0]
-    if device.platform == "cpu":
-        return CPU_CACHE_BYTES
-    facts = device.memory_stats() or {}
-    in_use = max(facts["bytes_in_use"], _bytes_on(device, params))
-    budget = int(facts["bytes_limit"] * hbm_utilization) - in_use
-    if budget <= 0:
-        raise PlanError(
-            f"The weights take {in_use / 2**30:.1f} GiB of each device, and hbm_utilization="
-            f"{hbm_utilization} allows {facts['bytes_limit'] * hbm_utilization / 2**30:.1f} GiB: "
-            "nothing is left for the KV cache. Use more devices (tensor_parallel_size)."
-        )
-    return budget
-
-
-def _bytes_on(device: Any, params: tuple[jax.Array, ...]) -> int:
-    shards = (s.data for p in params for s in p.addressable_shards if s.device == device)
-    # Not nbytes, which counts a byte for each int4.
-    return sum(x.size * jax.dtypes.itemsize_bits(x.dtype) // 8 for x in shards)
-
-
-def _activation_dtype(state: Any) -> Any:
-    """That of the largest parameter which is not quantized."""
-    is_quantized = lambda x: isinstance(x, QTensor)
-    leaves = jax.tree.leaves(state, is_leaf=is_quantized)
-    return max((x for x in leaves if not is_quantized(x)), key=lambda x: x.size).dtype
+def _memory_of(device: Any) -> tuple[int, int]:
+    """Bytes of `device`, and of those in use; a CPU's memory is not counted."""
+    facts = device.memory_stats() if device.platform != "cpu" else None
+    return (facts["bytes_limit"], facts["bytes_in_use"]) if facts else (0, 0)

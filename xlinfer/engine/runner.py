@@ -37,7 +37,6 @@ class Runner:
         self,
         params: tuple[jax.Array, ...],
         executables: Executables,
-        kv: Cache,
         plan: Plan,
         mesh: Mesh,
         *,
@@ -45,7 +44,8 @@ class Runner:
         seed: int,
     ):
         self.params = params
-        self._run, self._kv, self._plan, self._vocab_size = executables, kv, plan, vocab_size
+        self._run, self._plan, self._vocab_size = executables, plan, vocab_size
+        self._kv: Cache = executables.allocate()
         whole = NamedSharding(mesh, PartitionSpec())
         self._slots = jax.device_put(empty_slots(plan.max_num_seqs + 1, vocab_size), whole)
         # Single-token rows have a cheaper path through attention, with other roundings; a plan

@@ -55,6 +55,41 @@ class Plan:
         return next(size for size in self.decode_buckets if size >= rows)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Where the bytes of one device go."""
+
+    device_bytes: int
+    hbm_utilization: float  # of them, for all that follows
+    weight_bytes: int
+    slot_bytes: int  # what sampling keeps of every running row
+    temporary_bytes: int  # of the program that takes most
+    page_bytes: int  # keys and values of one page, all layers
+
+    @property
+    def fixed_bytes(self) -> int:
+        """What is not the cache."""
+        return self.weight_bytes + self.slot_bytes + self.temporary_bytes
+
+    @property
+    def usable_bytes(self) -> int:
+        return int(self.device_bytes * self.hbm_utilization)
+
+    def cache_budget(self) -> int:
+        """What is left for pages. Raises PlanError where that is nothing."""
+        left = self.usable_bytes - self.fixed_bytes
+        if left <= 0:
+            gib = lambda n: f"{n / 2**30:.1f} GiB"
+            raise PlanError(
+                f"Weights {gib(self.weight_bytes)} + sampling {gib(self.slot_bytes)} + temporaries "
+                f"{gib(self.temporary_bytes)} = {gib(self.fixed_bytes)} of each device, and "
+                f"hbm_utilization={self.hbm_utilization} of {gib(self.device_bytes)} allows "
+                f"{gib(self.usable_bytes)}: nothing is left for the KV cache. Use more devices "
+                "(tensor_parallel_size) or a quantization."
+            )
+        return left
+
+
 def pages_for(tokens: int, page_size: int) -> int:
     return -(-tokens // page_size)
 

@@ -53,17 +53,19 @@ def main(argv: Sequence[str]) -> None:
 
 
 def engine_options(values: flags.FlagValues) -> EngineOptions:
-    same = EngineOptions.__dataclass_fields__.keys() - {"model", "compile_cache_dir"}
+    same = EngineOptions.__dataclass_fields__.keys() - {"model", "compile_cache_dir", "artifact"}
     cache = os.path.expanduser(values.compile_cache_dir) if values.compile_cache_dir else None
     return EngineOptions(
-        model=values.model or str(DEMO_MODEL),
+        model=values.model or (None if values.artifact else str(DEMO_MODEL)),
         compile_cache_dir=cache,
+        artifact=values.artifact,
         **{name: getattr(values, name) for name in same},
     )
 
 
 def server_options_of(values: flags.FlagValues) -> ServerOptions:
-    name = DEMO_NAME if values.model is None else Path(values.model).resolve().name
+    named = values.model or values.artifact
+    name = DEMO_NAME if named is None else Path(named).resolve().name
     names = tuple(values.served_model_name) or (name,)
     given = [*values.api_key, os.environ.get("XLINFER_API_KEY", "")]
     keys = [key.strip() for several in given for key in several.split(",")]

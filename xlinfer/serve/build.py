@@ -1,9 +1,10 @@
 """From a checkpoint folder to something that answers: the library and the server build alike."""
 
-from collections.abc import Iterable
+import logging
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from xlinfer.config import GenerationConfig
 from xlinfer.plan import Plan
@@ -11,6 +12,7 @@ from xlinfer.progress import Progress
 from xlinfer.request import EngineStats, Request, TokenOutput
 from xlinfer.serve.tokenizer import Tokenizer
 
+logger = logging.getLogger("xlinfer.serve")
 DEMO_MODEL = Path(__file__).parent.parent / "demo"
 DEMO_NAME = "pystd-8m"
 
@@ -35,7 +37,7 @@ class TokenEngine(Protocol):
 class EngineOptions:
     """The keyword arguments of `xlinfer.LLM`, the server's flags of the same names."""
 
-    model: str
+    model: str | None  # None: the artifact's
     tokenizer: str | None = None  # folder; None: the model's
     chat_template: str | None = None  # file; None: the tokenizer's
     dtype: str = "auto"
@@ -54,6 +56,8 @@ class EngineOptions:
     max_logprobs: int = 20
     seed: int = 0
     compile_cache_dir: str | None = None  # None: compiled programs are not kept
+    artifact: str | None = None  # what xlinfer.compile wrote
+    allow_recompile: bool = False  # where the artifact does not fit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +67,12 @@ class Built:
     generation: GenerationConfig
 
 
+# Options that decide what an artifact's programs are: given, they must be what it was compiled for.
+_COMPILED = (
+    *("dtype", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "page_size"),
+    *("num_pages", "hbm_utilization", "tensor_parallel_size", "quantization", "matmul_impl"),
+    *("attention_impl", "deterministic", "max_logprobs"),
+)
 # Options that are the engine's arguments of the same name.
 _ENGINE = (
     *("max_model_len", "max_num_seqs", "max_num_batched_tokens", "page_size", "num_pages"),
@@ -73,16 +83,29 @@ _ENGINE = (
 
 def build(options: EngineOptions, progress: Progress) -> Built:
     """Load, compile, ready. Raises ValueError or OSError saying which option is wrong."""
+    if options.artifact is not None:
+        from xlinfer.compile.artifact import ArtifactError
+
+        try:
+            return from_artifact(options, progress)
+        except ArtifactError as error:
+            if not options.allow_recompile:
+                raise
+            logger.warning("Compiling instead, as allow_recompile says: %s", error)
+    if options.model is None:
+        raise ValueError("model is not given, and the artifact cannot be used; name the checkpoint")
     # Late, so that a server answers /live while jax is still being imported.
     import converters
-    from xlinfer.compile import use_compile_cache
+    from xlinfer.compile.store import Store, use_jax_cache
     from xlinfer.engine.engine import Engine
     from xlinfer.mesh import device_of, make_mesh
     from xlinfer.quant import quantize_model
     from xlinfer.weights import load_model
 
+    kept = None
     if options.compile_cache_dir is not None:
-        use_compile_cache(options.compile_cache_dir)
+        kept = Store(options.compile_cache_dir)
+        use_jax_cache(options.compile_cache_dir)
     # The small files first: a missing tokenizer should not cost a load.
     checkpoint = converters.open_checkpoint(options.model)
     tokenizer = Tokenizer.open(
@@ -99,5 +122,91 @@ def build(options: EngineOptions, progress: Progress) -> Built:
         quantize_model(module, options.quantization, device_of(mesh), options.matmul_impl)
     # What nobody asked for is left to the engine's own defaults.
     given = {name: value for name in _ENGINE if (value := getattr(options, name)) is not None}
-    engine = Engine(module, mesh=mesh, progress=progress, **given)
+    engine = Engine(module, mesh=mesh, kept=kept, progress=progress, **given)
     return Built(engine=engine, tokenizer=tokenizer, generation=checkpoint.generation)
+
+
+def from_artifact(options: EngineOptions, progress: Progress) -> Built:
+    """Load, ready: nothing is traced, and nothing compiled but, for an artifact without weights,
+    what places a checkpoint's. Raises ArtifactError where it does not fit, ValueError or OSError
+    saying which option is wrong."""
+    import jax
+
+    import converters
+    from xlinfer.compile.artifact import PARAMETERS, load_programs, open_artifact
+    from xlinfer.compile.parameters import read_parameters
+    from xlinfer.engine.engine import Engine, Ready
+
+    assert options.artifact is not None
+    opened = open_artifact(options.artifact, jax.devices())
+    _check_asked(options, opened.manifest)
+    source = str(opened.path) if opened.has_weights else options.model
+    if source is None:
+        raise ValueError(f"{opened.path} holds programs and no weights: name the checkpoint too")
+    checkpoint = converters.open_checkpoint(source)
+    tokenizer = Tokenizer.open(options.tokenizer or source, chat_template=options.chat_template)
+    executables = load_programs(opened)
+    if opened.has_weights:
+        folder = opened.path / PARAMETERS
+        params = read_parameters(folder, opened.paths, opened.params, progress)
+    else:
+        params = _checkpoint_parameters(source, opened, progress)
+    ready = Ready(
+        params=params,
+        paths=opened.paths,
+        executables=executables,
+        plan=opened.plan,
+        mesh=opened.mesh,
+        vocab_size=opened.manifest["facts"]["vocab_size"],
+        attention_impl=opened.manifest["attention_impl"],
+    )
+    engine = Engine.of(
+        ready, enable_prefix_caching=options.enable_prefix_caching, seed=options.seed
+    )
+    return Built(engine=engine, tokenizer=tokenizer, generation=checkpoint.generation)
+
+
+def _check_asked(options: EngineOptions, manifest: Mapping[str, Any]) -> None:
+    """Raise ArtifactError where an option was given and is not what the programs are for."""
+    from xlinfer.compile.artifact import ArtifactError, compile_again
+
+    setup = manifest["setup"]
+    has = {**setup, **setup["sizes"]}
+    defaults = EngineOptions.__dataclass_fields__
+    wrong = [
+        f"{name}={asked} is asked for, and it was compiled for {has[name]}"
+        for name in _COMPILED
+        if (asked := getattr(options, name)) != defaults[name].default and asked != has[name]
+    ]
+    if wrong:
+        raise ArtifactError(
+            f"{options.artifact}: {'; '.join(wrong)}. Leave the option out, or compile another "
+            f"artifact. {compile_again(manifest, Path(str(options.artifact)))}"
+        )
+
+
+def _checkpoint_parameters(source: str, opened: Any, progress: Progress) -> tuple:
+    """Of a checkpoint that the artifact was compiled for, as its programs take them."""
+    import jax
+    from flax import nnx
+
+    from converters.errors import read_object
+    from xlinfer.compile.artifact import ArtifactError, config_digest
+    from xlinfer.mesh import device_of
+    from xlinfer.quant import quantize_model
+    from xlinfer.weights import load_model
+
+    setup = opened.manifest["setup"]
+    config = read_object(Path(source).expanduser() / "config.json")
+    if config_digest(config) != opened.manifest["config_sha256"]:
+        names = sorted({*config, *setup["config"]})
+        changed = [n for n in names if config.get(n) != setup["config"].get(n)]
+        raise ArtifactError(
+            f"{opened.path} was compiled for another model than {source}: its config.json differs "
+            f"in {', '.join(changed[:8])}. Name the model it was compiled for, or compile it again."
+        )
+    module = load_model(source, dtype=setup["dtype"], mesh=opened.mesh, progress=progress)
+    if setup["quantization"] is not None:
+        method, impl = setup["quantization"], setup["matmul_impl"]
+        quantize_model(module, method, device_of(opened.mesh), impl)
+    return tuple(jax.tree.leaves(nnx.state(module)))

@@ -111,6 +111,13 @@ def define() -> flags.FlagValues:
         os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "xlinfer", "compile"),
         "Where compiled programs are kept for the next start; empty: nowhere.",
     )
+    text(
+        "artifact",
+        None,
+        "What python -m xlinfer.compile wrote: start without tracing or compiling. With its own "
+        "weights it needs no model beside it.",
+    )
+    switch("allow_recompile", False, "Compile anew where the artifact does not fit.")
     one_of("log_format", "text", ["text", "json"], "How log lines are written.")
     for alias, name in ALIASES.items():
         flags.DEFINE_alias(alias, name, flag_values=values)

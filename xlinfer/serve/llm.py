@@ -20,14 +20,15 @@ Prompt = str | Mapping[str, object]
 class LLM:
     """A model, its tokenizer and the engine, for use from one thread.
 
-    `model` is a checkpoint folder; `tokenizer` another folder to take the tokenizer from. The
+    `model` is a checkpoint folder; `tokenizer` another folder to take the tokenizer from;
+    `artifact` what xlinfer.compile wrote, which may hold the model too. The
     rest is as the server's flags of the same names say; None lets the plan decide. Raises
     ValueError or OSError saying which argument is wrong.
     """
 
     def __init__(
         self,
-        model: str | os.PathLike[str],
+        model: str | os.PathLike[str] | None = None,
         *,
         tokenizer: str | os.PathLike[str] | None = None,
         chat_template: str | os.PathLike[str] | None = None,
@@ -47,9 +48,13 @@ class LLM:
         max_logprobs: int = 20,
         seed: int = 0,
         compile_cache_dir: str | os.PathLike[str] | None = None,
+        artifact: str | os.PathLike[str] | None = None,
+        allow_recompile: bool = False,
     ):
+        if model is None and artifact is None:
+            raise ValueError("model is missing: name a checkpoint folder, or an artifact")
         options = EngineOptions(
-            model=os.fspath(model),
+            model=None if model is None else os.fspath(model),
             tokenizer=None if tokenizer is None else os.fspath(tokenizer),
             chat_template=None if chat_template is None else os.fspath(chat_template),
             dtype=dtype,
@@ -68,6 +73,8 @@ class LLM:
             max_logprobs=max_logprobs,
             seed=seed,
             compile_cache_dir=None if compile_cache_dir is None else os.fspath(compile_cache_dir),
+            artifact=None if artifact is None else os.fspath(artifact),
+            allow_recompile=allow_recompile,
         )
         with show_progress() as progress:
             self._use(build(options, progress))

@@ -1,0 +1,296 @@
+"""What is compiled, and where it lies: a model's shapes, a plan and a mesh, brought together.
+
+Everything here is abstract, so it is the same for a model that is loaded and for one of which
+only config.json is there, for devices that are here and for devices that are described.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from pallas_kernels.checks import check_one_of
+from pallas_kernels.devices import Device, Impl, check_runs
+from pallas_kernels.paged_attention import IMPLS, choose
+from xlinfer.kvcache import CacheSpec, tensor_size
+from xlinfer.models import check_model
+from xlinfer.plan import Memory, Plan, PlanError, make_plan, pages_for
+from xlinfer.programs import Programs, decode_shapes, forward_shapes, sample_shapes
+from xlinfer.quant import QTensor
+from xlinfer.sampling import Slots, empty_slots
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """What a user may say of the programs; None: by kind of device, or as large as possible."""
+
+    max_model_len: int | None = None
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
+    page_size: int | None = None
+    num_pages: int | None = None
+    hbm_utilization: float = 0.9
+    decode_window: int = 32
+    deterministic: bool = False
+    attention_impl: str | None = None
+    max_logprobs: int = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Defaults:
+    """What is taken where the user is silent, by kind of device."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    page_size: int
+    bucket_ratio: int
+
+
+# On CPU a step is bound by arithmetic, so a larger one gains nothing, and two cores compile the
+# programs, so there are few. Elsewhere pages are of the size that kernels copy at once.
+ON_CPU = Defaults(max_num_seqs=32, max_num_batched_tokens=512, page_size=16, bucket_ratio=4)
+ELSEWHERE = Defaults(max_num_seqs=128, max_num_batched_tokens=2048, page_size=64, bucket_ratio=2)
+CPU_CACHE_BYTES = 1 << 30  # the KV cache's budget where the memory is the host's
+
+
+class Job(NamedTuple):
+    """One program to compile."""
+
+    run: Callable
+    args: tuple  # abstract
+    donated: tuple[int, ...]
+    placed: Any  # the results' shardings, so that one program's fit the next one's arguments
+
+
+class Facts(NamedTuple):
+    """What programs take from a model beside its arrays: members of CausalLM."""
+
+    vocab_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    token_width: int  # numbers that a forward holds at once for each token, over all devices
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deployment:
+    programs: Programs
+    params: tuple[jax.ShapeDtypeStruct, ...]  # placed on the programs' mesh
+    paths: tuple[str, ...]  # of the parameters in the model
+    spec: CacheSpec
+    facts: Facts
+    memory: Memory
+    described: bool  # the mesh is of devices that need not be here
+
+    @property
+    def plan(self) -> Plan:
+        return self.programs.plan
+
+    def jobs(self) -> dict[tuple[str, int], Job]:
+        """Every program of the plan by name and bucket (0 where there is one)."""
+        programs, plan, mesh = self.programs, self.plan, self.programs.mesh
+        whole = NamedSharding(mesh, PartitionSpec())
+        place = lambda shape, dtype=jnp.int32: jax.ShapeDtypeStruct(shape, dtype, sharding=whole)
+        slots = jax.tree.map(
+            lambda x: place(x.shape, x.dtype), slot_shapes(plan.max_num_seqs, self.facts.vocab_size)
+        )
+        packed = lambda shapes: place((sum(x.size for x in jax.tree.leaves(shapes)),))
+        kv, params, largest = self.spec.abstract(mesh), self.params, plan.token_buckets[-1]
+        hidden = jax.eval_shape(
+            partial(programs.forward, tokens=largest),
+            params, kv, slots, packed(forward_shapes(plan, largest)),
+        )[2]  # fmt: skip
+        states = lambda rows: place((rows, hidden.shape[1]), hidden.dtype)
+        cache = jax.tree.map(lambda x: x.sharding, kv)
+
+        jobs: dict[tuple[str, int], Job] = {}
+        for rows in plan.decode_buckets:
+            step, out = packed(decode_shapes(plan, rows)), (cache, whole, whole)
+            run = partial(programs.decode, rows=rows)
+            jobs["decode", rows] = Job(run, (params, kv, slots, step), (1, 2), out)
+        for tokens in plan.token_buckets:
+            step = packed(forward_shapes(plan, tokens))
+            run = partial(programs.forward, tokens=tokens)
+            out = (cache, whole, whole)
+            jobs["forward", tokens] = Job(run, (params, kv, slots, step), (1,), out)
+        sample = (params, slots, states(plan.max_num_seqs), packed(sample_shapes(plan)))
+        jobs["sample", 0] = Job(programs.sample, sample, (1,), whole)
+        score = (params, states(largest), place((largest,)), place(()))
+        jobs["score", 0] = Job(programs.score, score, (), whole)
+        jobs["admit", 0] = Job(programs.admit, _admit_args(slots, place), (0,), whole)
+        jobs["allocate", 0] = Job(partial(self.spec.zeros, mesh), (), (), cache)
+        return jobs
+
+
+def _admit_args(slots: Slots, place: Callable) -> tuple:
+    one = lambda x: place(x.shape[1:], x.dtype)
+    row, state = jax.tree.map(one, slots.params), slots.state
+    return slots, place(()), row, place(()), one(state.recent_ZC), one(state.output_count_ZV)
+
+
+def slot_shapes(max_num_seqs: int, vocab_size: int) -> Slots:
+    """One more than rows: padding's."""
+    return jax.eval_shape(partial(empty_slots, max_num_seqs + 1, vocab_size))
+
+
+def deploy(
+    graph: nnx.GraphDef,
+    state: Any,
+    facts: Facts,
+    *,
+    mesh: Mesh,
+    device: Device,
+    device_bytes: int,
+    sizes: Sizes,
+    held_bytes: int = 0,
+    described: bool = False,
+) -> Deployment:
+    """`state` holds placed arrays, abstract or not, as `nnx.split` gives them. `device_bytes` is
+    the memory of one device, of which `held_bytes` are in use by now, the state's included.
+
+    Raises PlanError when the sizes do not fit each other or the memory, ValueError when the device
+    has no such implementation.
+    """
+    leaves, tree = jax.tree.flatten(state)
+    params = tuple(jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=p.sharding) for p in leaves)
+    defaults = ON_CPU if device.platform == "cpu" else ELSEWHERE
+    given = lambda name: getattr(sizes if getattr(sizes, name) is not None else defaults, name)
+    max_num_seqs, page_size = given("max_num_seqs"), given("page_size")
+    max_num_batched_tokens = sizes.max_num_batched_tokens
+    if max_num_batched_tokens is None:
+        # Deterministic serving pays for the whole bucket at every step, so it is kept small.
+        most = 64 if sizes.deterministic else defaults.max_num_batched_tokens
+        max_num_batched_tokens = max(max_num_seqs, most)
+    max_model_len = sizes.max_model_len
+    max_model_len = facts.max_position_embeddings if max_model_len is None else max_model_len
+    _check_sizes(facts.max_position_embeddings, max_model_len, page_size, sizes.hbm_utilization)
+    dtype = _activation_dtype(state)
+    spec = CacheSpec(
+        num_layers=facts.num_layers,
+        num_pages=sizes.num_pages or 0,
+        num_kv_heads=facts.num_kv_heads,
+        page_size=page_size,
+        head_dim=facts.head_dim,
+        dtype=dtype,
+        impl=_attention_impl(sizes.attention_impl, device, page_size, facts.head_dim, dtype),
+    )
+    memory = Memory(
+        device_bytes=device_bytes,
+        hbm_utilization=sizes.hbm_utilization,
+        weight_bytes=max(sum(map(bytes_on_one, params)), held_bytes),
+        slot_bytes=_bytes(slot_shapes(max_num_seqs, facts.vocab_size)),
+        temporary_bytes=temporary_bytes(
+            facts, dtype, tensor_size(mesh), rows=max_num_seqs, tokens=max_num_batched_tokens
+        ),
+        page_bytes=spec.page_bytes_per_device(mesh),
+    )
+    num_pages = sizes.num_pages
+    if num_pages is None:
+        whole = max_num_seqs * pages_for(max_model_len, page_size) + 1
+        # On CPU the memory is the host's, which others use too.
+        room = CPU_CACHE_BYTES if device.platform == "cpu" else memory.cache_budget()
+        num_pages = min(whole, room // memory.page_bytes)
+    plan = make_plan(
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        page_size=page_size,
+        num_pages=num_pages,
+        decode_window=sizes.decode_window,
+        max_logprobs=min(sizes.max_logprobs, facts.vocab_size),
+        deterministic=sizes.deterministic,
+        bucket_ratio=defaults.bucket_ratio,
+    )
+    programs = Programs(
+        graph=graph, tree=tree, plan=plan, mesh=mesh, device=device, attention_impl=spec.impl
+    )
+    return Deployment(
+        programs=programs, params=params, paths=paths_of(state),
+        spec=spec.with_pages(num_pages), facts=facts, memory=memory, described=described,
+    )  # fmt: skip
+
+
+def temporary_bytes(facts: Facts, dtype: Any, tensor: int, *, rows: int, tokens: int) -> int:
+    """Of the program that takes most, estimated; XLA's own numbers are within a tenth of it
+    (docs/benchmarks)."""
+    return max(activation_bytes(facts, dtype, tensor, tokens), sampler_bytes(facts, rows))
+
+
+def activation_bytes(facts: Facts, dtype: Any, tensor: int, tokens: int) -> int:
+    """What a forward holds at once."""
+    return tokens * jnp.dtype(dtype).itemsize * -(-facts.token_width // tensor)
+
+
+def sampler_bytes(facts: Facts, rows: int) -> int:
+    """Five float32 copies of its rows' logits, and a new count of every slot's output."""
+    return 4 * facts.vocab_size * (5 * rows + rows + 1)
+
+
+def facts_of(model: Any) -> Facts:
+    """Of a CausalLM. Raises TypeError naming what it lacks."""
+    check_model(model)
+    width = getattr(model, "token_width", None)
+    if width is None:  # an own module's: its widest matrix, as gate and up, and its input
+        shapes = [p.shape[-2:] for p in jax.tree.leaves(nnx.state(model)) if p.ndim >= 2]
+        sides = [n for shape in shapes for n in shape if n != model.vocab_size]
+        width = 4 * max(sides, default=1)
+    names = [name for name in Facts._fields if name != "token_width"]
+    return Facts(**{name: getattr(model, name) for name in names}, token_width=width)
+
+
+def paths_of(state: Any) -> tuple[str, ...]:
+    """A name for each leaf of a module's state: "layers.attn.q_D_NH"."""
+    names = []
+    for path, _ in jax.tree_util.tree_leaves_with_path(state):
+        parts = [str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path]
+        names.append(".".join(part for part in parts if part != "value"))
+    return tuple(names)
+
+
+def _attention_impl(
+    asked: str | None, device: Device, page_size: int, head_dim: int, dtype: Any
+) -> Impl:
+    if asked is None:
+        return choose(device, page_size=page_size, head_dim=head_dim, dtype=dtype)
+    check_one_of("attention_impl", asked, IMPLS)
+    check_runs("attention_impl", asked, device)
+    return asked  # type: ignore[return-value]
+
+
+def _check_sizes(
+    positions: int, max_model_len: int, page_size: int, hbm_utilization: float
+) -> None:
+    if page_size < 1:
+        raise PlanError(f"page_size must be at least 1, got {page_size}.")
+    if not 0 < hbm_utilization <= 1:
+        raise PlanError(f"hbm_utilization must be in (0, 1], got {hbm_utilization}.")
+    if max_model_len > positions:
+        raise PlanError(
+            f"max_model_len={max_model_len} is past the model's max_position_embeddings="
+            f"{positions}; ask for at most that."
+        )
+
+
+def bytes_on_one(x: jax.ShapeDtypeStruct) -> int:
+    """Of a placed array, what lies on one device. int4 counts half a byte, where nbytes has one."""
+    shard = x.sharding.shard_shape(x.shape)  # type: ignore[union-attr]
+    return math.prod(shard) * jax.dtypes.itemsize_bits(x.dtype) // 8
+
+
+def _bytes(tree: Any) -> int:
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def _activation_dtype(state: Any) -> Any:
+    """That of the largest parameter which is not quantized."""
+    is_quantized = lambda x: isinstance(x, QTensor)
+    leaves = jax.tree.leaves(state, is_leaf=is_quantized)
+    return max((x for x in leaves if not is_quantized(x)), key=lambda x: x.size).dtype

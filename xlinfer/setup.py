@@ -1,0 +1,173 @@
+"""A model's config, a target and what the user says of the programs -> a deployment, for devices
+that need not be here and weights that need not be there.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import AbstractMesh, AxisType
+
+from converters import CheckpointError, parse_config
+from converters.errors import read_object
+from pallas_kernels.devices import DEVICES, Device, device_of_kind
+from xlinfer.config import ModelConfig
+from xlinfer.deployment import Deployment, Sizes, deploy, facts_of
+from xlinfer.mesh import TENSOR, make_mesh, replicate_kv_heads
+from xlinfer.quant import quantize_model
+from xlinfer.target import CHIPS, Target, TargetError, parse_target
+from xlinfer.topology import described_mesh
+from xlinfer.weights import DTYPES, abstract_model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """Everything that decides which programs there are; plain data, as JSON too."""
+
+    config: Mapping[str, Any]  # config.json
+    target: str
+    tensor_parallel_size: int
+    dtype: str
+    quantization: str | None
+    matmul_impl: str | None
+    sizes: Sizes
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "Setup":
+        given: dict[str, Any] = {**value, "sizes": Sizes(**value["sizes"])}
+        return cls(**given)
+
+
+def read_config(model: str | Path) -> dict[str, Any]:
+    """config.json of the folder `model`, or that file itself. Raises CheckpointError."""
+    path = Path(model).expanduser()
+    file = path if path.is_file() else path / "config.json"
+    if not file.is_file():
+        raise CheckpointError(
+            f"--model={model}: there is no folder with a config.json, nor such a file"
+        )
+    return read_object(file)
+
+
+def dtype_of(config: Mapping[str, Any], asked: str, target: Target) -> str:
+    """The weights' dtype: as asked; "auto": the checkpoint's own, float32 on CPU."""
+    if asked != "auto":
+        if asked not in DTYPES:
+            raise ValueError(f"dtype {asked!r} is not one of auto, {', '.join(DTYPES)}")
+        return DTYPES[asked].name
+    own = config.get("dtype") or config.get("torch_dtype") or "float32"
+    if target.chip.platform == "cpu":
+        return "float32"
+    if own not in DTYPES:
+        raise CheckpointError(
+            f"config.json: dtype {own!r} is not one of {', '.join(DTYPES)}; name a --dtype"
+        )
+    return DTYPES[own].name
+
+
+def device_for(target: Target) -> Device:
+    """What kernels know of the target's chip. Raises TargetError where there are none for it."""
+    if target.chip.refused:
+        raise TargetError(f"{target.name}: nothing is compiled for it: {target.chip.refused}")
+    return DEVICES[target.chip.name]
+
+
+def planned_device(target: Target) -> Device:
+    """`device_for`, or for a chip that nothing is compiled for the one that it is planned as."""
+    return DEVICES[target.chip.planned_as] if target.chip.refused else device_for(target)
+
+
+def find_target(name: str) -> Target:
+    """parse_target's, or with "local" what is here. Raises TargetError."""
+    return local_target() if name.strip() == "local" else parse_target(name)
+
+
+def local_target() -> Target:
+    """jax's devices. A CPU's memory is the host's, divided among as many devices as jax was told
+    to make of it. Raises TargetError for a chip that has no kernels."""
+    devices = jax.devices()
+    try:
+        chip = CHIPS[device_of_kind(devices[0].device_kind).name]
+    except ValueError as error:
+        raise TargetError(f"target 'local': {error}") from None
+    if chip.platform == "cpu":
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        chip = replace(chip, memory_bytes=memory // len(devices))
+    return Target(chip=chip, chips=max(1, len(devices) // chip.per_chip))
+
+
+def setup(
+    model: str | Path,
+    target: str,
+    *,
+    tensor_parallel_size: int | None,
+    dtype: str,
+    quantization: str | None,
+    matmul_impl: str | None,
+    sizes: Sizes,
+) -> Setup:
+    """Raises CheckpointError, TargetError or ValueError for what does not exist or fit."""
+    found, config = find_target(target), read_config(model)
+    wanted = tensor_parallel_size or found.devices
+    if found.devices % wanted:
+        raise TargetError(
+            f"tensor_parallel_size={wanted} does not divide the {found.devices} devices of "
+            f"{found.name}"
+        )
+    return Setup(
+        config=config, target=found.name, tensor_parallel_size=wanted,
+        dtype=dtype_of(config, dtype, found), quantization=quantization, matmul_impl=matmul_impl,
+        sizes=sizes,
+    )  # fmt: skip
+
+
+def model_config(setup: Setup) -> ModelConfig:
+    config = parse_config(Path("config.json"), setup.config)
+    return replicate_kv_heads(config, setup.tensor_parallel_size)
+
+
+def mesh_for(setup: Setup) -> jax.sharding.Mesh:
+    """Of one replica: where the target has more devices than `tensor_parallel_size`, the others
+    run the same executables."""
+    target = parse_target(setup.target)
+    if target.chip.platform == "cpu":
+        return make_mesh(setup.tensor_parallel_size, jax.devices("cpu"))
+    return described_mesh(
+        device_for(target), {TENSOR: setup.tensor_parallel_size},
+        slice_shape=target.shape, one_host=target.hosts == 1,
+    )  # fmt: skip
+
+
+def deployment_for(setup: Setup, *, planned_for: Target | None = None) -> Deployment:
+    """Raises PlanError when it does not fit, ValueError when something does not go together.
+
+    `planned_for`: the target itself, of which only numbers are wanted. Its mesh then is one of no
+    devices, described or not, so that no compiler need be here; nothing can be compiled for it.
+    """
+    target = planned_for or parse_target(setup.target)
+    if planned_for is None:
+        device, mesh = device_for(target), mesh_for(setup)
+    else:
+        device = planned_device(target)
+        size = (setup.tensor_parallel_size,)
+        mesh: Any = AbstractMesh(size, (TENSOR,), axis_types=(AxisType.Auto,))
+    model = abstract_model(model_config(setup), DTYPES[setup.dtype], mesh, device)
+    if setup.quantization is not None:
+        quantize_model(model, setup.quantization, device, setup.matmul_impl)
+    graph, state = nnx.split(model)
+    return deploy(
+        graph, state, facts_of(model), mesh=mesh, device=device,
+        device_bytes=target.chip.memory_bytes, sizes=setup.sizes,
+        described=target.chip.platform != "cpu",
+    )  # fmt: skip
+
+
+def with_sizes(setup: Setup, **changes: Any) -> Setup:
+    return replace(setup, sizes=replace(setup.sizes, **changes))
