@@ -55,3 +55,4 @@ class Work(NamedTuple):
     flops: int  # a multiply and an add count two; masked-out positions count nothing
     bytes: int  # read and written in device memory, everything once
     forbidden_bytes: int | None = None  # size of the dequantised copy that no program may make
+    most_flops: int | None = None  # what an estimate says that cannot know a traced window

@@ -92,6 +92,19 @@ def test_an_artifact_loads_onto_any_mesh(source, artifact, devices):
     np.testing.assert_array_equal(got(tokens), want(tokens))
 
 
+@pytest.mark.parametrize("devices", [1, 4])
+def test_experts_come_back_from_an_artifact(devices, tmp_path):
+    cfg = config("qwen2_moe")
+    source = write(tmp_path / "source", cfg, tensors(cfg, ml_dtypes.bfloat16))
+    assert run(f"--model={source}", f"--output={tmp_path / 'out'}") == 0
+    mesh = make_mesh(devices)
+    got, want = load_model(tmp_path / "out", mesh=mesh), load_model(source, mesh=mesh)
+    a, b = parameters(got), parameters(want)
+    assert a.keys() == b.keys() and "layers.mlp.gate_up_EID" in a
+    for name, array in b.items():
+        np.testing.assert_array_equal(a[name], array, err_msg=name)
+
+
 def test_dtype_flag_and_report(source, tmp_path, capsys):
     out = tmp_path / "out"
     assert run(f"--model={source}", f"--output={out}", "--dtype=float32") == 0

@@ -7,7 +7,7 @@ from statistics import median
 
 MAX_FILE = 400  # lines
 BUDGET: dict[str, int | None] = {  # lines of a package; None bounds its files only
-    "xlinfer": 9000,
+    "xlinfer": 14000,
     "pallas_kernels": 10000,
     "converters": 3000,
     "tools": None,

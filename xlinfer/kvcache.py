@@ -13,7 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
 from pallas_kernels.devices import Device, Impl
@@ -30,6 +30,7 @@ KV = Any  # the cache, a pytree threaded through the layers; None without one
 FULL = 2**30  # a window that never ends
 PADDING_PAGE = 0
 Cache = Pages | PackedPages
+AnyMesh = Mesh | AbstractMesh  # of devices, or of none: what is only counted needs none
 TENSOR_AXIS = "tensor"  # of the mesh: heads, and with them the cache, are split over it
 
 
@@ -67,7 +68,7 @@ class CacheSpec:
     dtype: Any
     impl: Impl
 
-    def page_bytes_per_device(self, mesh: Mesh) -> int:
+    def page_bytes_per_device(self, mesh: AnyMesh) -> int:
         """Keys and values of one page, all layers, the heads of one device."""
         page = jax.tree.leaves(self.with_pages(1)._per_device(mesh))
         return sum(x.size * jnp.dtype(x.dtype).itemsize for x in page)
@@ -75,7 +76,7 @@ class CacheSpec:
     def with_pages(self, num_pages: int) -> "CacheSpec":
         return replace(self, num_pages=num_pages)
 
-    def abstract(self, mesh: Mesh) -> Cache:
+    def abstract(self, mesh: AnyMesh) -> Cache:
         """Each device's own heads, side by side: what packs heads together packs a device's."""
         axis, size = heads_axis(self.impl), tensor_size(mesh)
         sharding = NamedSharding(mesh, by_head(mesh, before=axis))
@@ -86,11 +87,11 @@ class CacheSpec:
 
         return jax.tree.map(whole, self._per_device(mesh))
 
-    def zeros(self, mesh: Mesh) -> Cache:
+    def zeros(self, mesh: AnyMesh) -> Cache:
         """An empty cache; compiled, its results are to be placed as `abstract` says."""
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self.abstract(mesh))
 
-    def _per_device(self, mesh: Mesh) -> Cache:
+    def _per_device(self, mesh: AnyMesh) -> Cache:
         return cache_shapes(
             self.impl, num_layers=self.num_layers, num_pages=self.num_pages,
             num_kv_heads=self.num_kv_heads // tensor_size(mesh), page_size=self.page_size,
@@ -102,7 +103,7 @@ def paged_attend(
     page_T: Int[Array, " T"],
     slot_T: Int[Array, " T"],
     ragged: Ragged,
-    mesh: Mesh,
+    mesh: AnyMesh,
     *,
     decode_only: bool,
     device: Device,
@@ -138,12 +139,12 @@ def paged_attend(
     return attend
 
 
-def tensor_size(mesh: Mesh) -> int:
+def tensor_size(mesh: AnyMesh) -> int:
     """Devices that share the heads."""
     return dict(mesh.shape).get(TENSOR_AXIS, 1)
 
 
-def by_head(mesh: Mesh, *, before: int) -> PartitionSpec:
+def by_head(mesh: AnyMesh, *, before: int) -> PartitionSpec:
     """Of an array whose heads come after `before` axes; whole where the mesh has no tensor axis."""
     axis = TENSOR_AXIS if TENSOR_AXIS in mesh.shape else None
     return PartitionSpec(*[None] * before, axis)

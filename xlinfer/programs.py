@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
-from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.devices import Device, Impl
@@ -129,7 +128,7 @@ class Programs:
     graph: nnx.GraphDef
     tree: Any  # the State's PyTreeDef
     plan: Plan
-    mesh: Mesh
+    mesh: Any  # a Mesh; an AbstractMesh where nothing is compiled
     device: Device
     attention_impl: Impl
 

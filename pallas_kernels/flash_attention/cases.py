@@ -174,9 +174,14 @@ def candidates(case: Case, device: Device) -> tuple:
 
 def work(case: Case) -> Work:
     lengths = case.lengths or (case.T,) * case.B
-    pairs = sum(mosaic_tpu.seen(n, case.causal, case.window) for n in lengths)
-    tokens = case.B * case.T * case.dtype.itemsize
+    flops = lambda window: (
+        2
+        * (case.H + case.V)
+        * case.N
+        * sum(mosaic_tpu.seen(n, case.causal, window) for n in lengths)
+    )
     return Work(
-        flops=2 * (case.H + case.V) * case.N * pairs,
-        bytes=tokens * (case.N + case.K) * (case.H + case.V),
+        flops=flops(case.window),
+        bytes=case.B * case.T * case.dtype.itemsize * (case.N + case.K) * (case.H + case.V),
+        most_flops=flops(None) if case.traced else None,
     )

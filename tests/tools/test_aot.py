@@ -17,7 +17,7 @@ GOOD = {
     "bytes": 50.0,
     "registers": 168,
     "spilled": 0,
-    "work": {"flops": 100, "bytes": 50, "forbidden_bytes": 1000},
+    "work": {"flops": 100, "bytes": 50, "forbidden_bytes": 1000, "most_flops": None},
 }
 
 

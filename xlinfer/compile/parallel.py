@@ -10,8 +10,10 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from queue import Empty, SimpleQueue
+from tempfile import TemporaryFile
 from typing import Any, NamedTuple
 
 from xlinfer.progress import Progress
@@ -72,6 +74,7 @@ def compile_in_parallel(
 
 class _Worker:
     def __init__(self, setup: Mapping[str, Any], directory: Path, cpu_devices: int):
+        self._errors = TemporaryFile("w+")
         self._process = subprocess.Popen(
             [
                 sys.executable,
@@ -83,11 +86,10 @@ class _Worker:
             ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=self._errors,
             text=True,
             env=environment(),
         )
-        self._errors = ThreadPoolExecutor(1).submit(self._process.stderr.read)  # type: ignore
         self._send(setup)
 
     def compile(self, key: Key) -> Compiled:
@@ -98,7 +100,8 @@ class _Worker:
                 report = json.loads(line)
                 return Compiled(report["digest"], report["hit"], report["seconds"])
         self._process.wait()
-        said = [x.strip() for x in self._errors.result().splitlines() if x.strip()]
+        self._errors.seek(0)
+        said = [x.strip() for x in self._errors if x.strip()]
         errors = [x for x in said if "Error" in x] or said or ["it said nothing"]
         name = "-".join(str(part) for part in key if part)
         raise CompileError(f"program {name} was not compiled: {errors[-1][:600]}")
@@ -115,6 +118,9 @@ class _Worker:
         if self._process.poll() is None:
             self._process.kill()
         self._process.wait()
+        for file in (self._process.stdin, self._process.stdout, self._errors):
+            with suppress(BrokenPipeError):  # of a line that was not read any more
+                file.close()  # type: ignore[union-attr]
 
 
 def environment() -> dict[str, str]:

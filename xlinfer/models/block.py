@@ -1,12 +1,11 @@
 """One layer."""
 
 from flax import nnx
-from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from pallas_kernels.devices import Device
 from xlinfer.config import ModelConfig
-from xlinfer.kvcache import KV, Attend
+from xlinfer.kvcache import KV, AnyMesh, Attend
 from xlinfer.models.moe import MoE
 from xlinfer.models.parts import MLP, Attention, RMSNorm
 from xlinfer.models.rope import Angles
@@ -16,7 +15,13 @@ class Block(nnx.Module):
     """One layer: pre-norm attention, pre-norm gated MLP or mixture of experts."""
 
     def __init__(
-        self, cfg: ModelConfig, *, dtype, device: Device, mesh: Mesh | None, rngs: nnx.Rngs
+        self,
+        cfg: ModelConfig,
+        *,
+        dtype,
+        device: Device,
+        mesh: AnyMesh | None,
+        rngs: nnx.Rngs,
     ):
         self.attn_norm = RMSNorm(cfg.hidden_size, "hidden", cfg.norm_eps, dtype=dtype)
         self.attn = Attention(cfg, dtype=dtype, rngs=rngs)

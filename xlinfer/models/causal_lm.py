@@ -4,12 +4,12 @@ from typing import Protocol, runtime_checkable
 
 import jax
 from flax import nnx
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.devices import Device
 from pallas_kernels.flash_attention import flash_attention
-from xlinfer.kvcache import KV, Attend, by_head
+from xlinfer.kvcache import KV, AnyMesh, Attend, by_head
 
 
 @runtime_checkable
@@ -42,7 +42,7 @@ class CausalLM(Protocol):
         ...
 
 
-def causal_attend(device: Device, mesh: Mesh | None) -> Attend:
+def causal_attend(device: Device, mesh: AnyMesh | None) -> Attend:
     """The `attend` over whole sequences, without a cache, by what flash_attention chooses for
     `device`; each device of the mesh's tensor axis attends with its own heads."""
 

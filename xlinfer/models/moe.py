@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.devices import Device
 from xlinfer.config import ModelConfig
+from xlinfer.kvcache import AnyMesh
 from xlinfer.mesh import TENSOR
 from xlinfer.models.parts import ACTIVATIONS, MLP, weight
 from xlinfer.quant import Experts, grouped_product
@@ -25,7 +26,13 @@ class MoE(nnx.Module):
     to a device; every device sees all tokens and multiplies its own experts' rows."""
 
     def __init__(
-        self, cfg: ModelConfig, *, dtype, device: Device, mesh: Mesh | None, rngs: nnx.Rngs
+        self,
+        cfg: ModelConfig,
+        *,
+        dtype,
+        device: Device,
+        mesh: AnyMesh | None,
+        rngs: nnx.Rngs,
     ):
         assert cfg.moe is not None
         D, E, I = cfg.hidden_size, cfg.moe.num_experts, cfg.moe.intermediate_size

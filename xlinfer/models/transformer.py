@@ -3,12 +3,11 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.devices import DEVICES, Device
 from xlinfer.config import ModelConfig
-from xlinfer.kvcache import FULL, KV, Attend
+from xlinfer.kvcache import FULL, KV, AnyMesh, Attend
 from xlinfer.models.block import Block
 from xlinfer.models.causal_lm import causal_attend
 from xlinfer.models.parts import RMSNorm, weight
@@ -35,7 +34,7 @@ class Transformer(nnx.Module):
         *,
         dtype=jnp.float32,
         device: Device = DEVICES["cpu"],
-        mesh: Mesh | None = None,
+        mesh: AnyMesh | None = None,
         rngs: nnx.Rngs,
     ):
         self.embed_VD = weight(rngs, dtype, ("vocab", "hidden"), cfg.vocab_size, cfg.hidden_size)
