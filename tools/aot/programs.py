@@ -18,6 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from converters.families import parse_config
 from pallas_kernels import flash_attention
 from pallas_kernels.devices import DEVICES, Device
+from xlinfer.compile import options_for
 from xlinfer.config import ModelConfig
 from xlinfer.deployment import Job, Sizes, deploy, facts_of
 from xlinfer.quant import quantize_model
@@ -67,7 +68,7 @@ def compile_program(program: str, bucket: str, quantization: str, device_name: s
         return report(Job(call, (tuple(params), row), (), None), device, mesh) | {
             "attention_impl": flash_attention.choose(device, H=head, V=head, dtype=jnp.bfloat16),
             "cache_bytes": 0,
-            "most_temp_bytes": most_temp_bytes(program, int(bucket), 1, config),
+            "most_temp_bytes": most_temp_bytes(program, int(bucket), 1, config, device),
         }
     deployment = deploy(
         graph, state, facts_of(model), mesh=mesh, device=device, device_bytes=0,
@@ -78,16 +79,19 @@ def compile_program(program: str, bucket: str, quantization: str, device_name: s
     return compiled | {
         "attention_impl": deployment.spec.impl,
         "cache_bytes": NUM_PAGES * deployment.memory.page_bytes,
-        "most_temp_bytes": most_temp_bytes(program, int(bucket), rows, config),
+        "most_temp_bytes": most_temp_bytes(program, int(bucket), rows, config, device),
     }
 
 
-def most_temp_bytes(program: str, bucket: int, rows: int, config: ModelConfig) -> int:
+def most_temp_bytes(
+    program: str, bucket: int, rows: int, config: ModelConfig, device: Device
+) -> int:
     """The sampler's state, updated out of place, and several float32 logits of every row; or a
     prompt's hidden states, several MLPs wide. Of a call three, gate, up and their product: the
     probabilities of a layer, [N, T, T] in bf16, would be half as much again."""
     if program == "decode":
-        return 4 * config.vocab_size * (2 * (rows + 1) + 6 * bucket)
+        logits = 9 if device.name == "tpu7x" else 6  # float32 copies, as XLA schedules them
+        return 4 * config.vocab_size * (2 * (rows + 1) + logits * bucket)
     if program == "call":
         return 2 * bucket * 3 * config.intermediate_size
     return 2 * bucket * (8 * config.intermediate_size + 8 * config.hidden_size)
@@ -98,7 +102,7 @@ def report(job: Job, device: Device, mesh: Any) -> dict:
     lowered = lower(
         job.run, job.args, device, mesh, donate_argnums=job.donated, out_shardings=job.placed
     )
-    compiled = lowered.compile()
+    compiled = lowered.compile(options_for(device))
     memory, hlo = compiled.memory_analysis(), compiled.as_text()
     assert memory is not None and hlo is not None
     return {

@@ -22,7 +22,7 @@ from xlinfer.setup import Setup, deployment_for
 def compile_one(key: Key, job: Job, deployment: Deployment, kept: Store) -> dict[str, Any]:
     """Compile the program unless `kept` has it; what came of it."""
     started = time.perf_counter()
-    options = dict(options_for(deployment))
+    options = options_for(deployment.programs.device)
     lowered = lower_job(job, deployment)
     facts = facts_of(lowered, deployment.programs.mesh, options)
     found, hit = kept.get(facts), True

@@ -14,15 +14,21 @@ import jax
 from jax._src.config import enable_compilation_cache
 from jax.stages import Compiled, Lowered
 
+from pallas_kernels.devices import Device
 from xlinfer.compile.executable import ExecutableError, load, store
 from xlinfer.compile.store import Facts, Store, facts_of
 from xlinfer.deployment import Deployment, Job
 from xlinfer.progress import Progress
 from xlinfer.topology import lower
 
-# On CPU a lower effort of LLVM's compiles a seventh faster and runs as fast: the time goes to
-# XLA's own products and to memory (docs/LOG.md).
-COMPILER_OPTIONS: Mapping[str, Mapping[str, Any]] = {"cpu": {"xla_backend_optimization_level": 1}}
+COMPILER_OPTIONS: Mapping[str, Mapping[str, Any]] = {  # by device
+    # A lower effort of LLVM's compiles a seventh faster and runs as fast: the time goes to XLA's
+    # own products and to memory (docs/LOG.md).
+    "cpu": {"xla_backend_optimization_level": 1},
+    # Arguments come in tiles of 8 x 128, and XLA wants 16 x 128 for what it multiplies in 16 bits:
+    # it would copy all weights at every call (docs/LOG.md).
+    "tpu7x": {"xla_tpu_control_large_2nd_minor_layout_for_x16": False},
+}
 
 Key = tuple[str, int]  # a program's name and its bucket, 0 where there is one
 Say = Callable[[str], None]
@@ -83,14 +89,15 @@ def lower_job(job: Job, deployment: Deployment) -> Lowered:
     return jax.jit(job.run, **how).lower(*job.args)
 
 
-def options_for(deployment: Deployment) -> Mapping[str, Any]:
-    return COMPILER_OPTIONS.get(deployment.programs.device.platform, {})
+def options_for(device: Device) -> dict[str, Any]:
+    """Of XLA's compiler."""
+    return dict(COMPILER_OPTIONS.get(device.name, {}))
 
 
 def _ready(
     key: Key, job: Job, lowered: Lowered, deployment: Deployment, kept: Store | None, say: Say
 ) -> Compiled:
-    options = dict(options_for(deployment))
+    options = options_for(deployment.programs.device)
     if kept is None:
         return lowered.compile(options)
     facts = facts_of(lowered, deployment.programs.mesh, options)
