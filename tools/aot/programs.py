@@ -21,6 +21,7 @@ from pallas_kernels.devices import DEVICES, Device
 from xlinfer.compile import options_for
 from xlinfer.config import ModelConfig
 from xlinfer.deployment import Job, Sizes, deploy, facts_of
+from xlinfer.mesh import TENSOR
 from xlinfer.quant import quantize_model
 from xlinfer.topology import described_mesh, lower
 from xlinfer.weights import abstract_model
@@ -53,7 +54,9 @@ def compile_program(program: str, bucket: str, quantization: str, device_name: s
     """Bytes, seconds and Pallas kernels, and the bounds on them: `cache_bytes` must be aliased,
     temporaries stay below `most_temp_bytes`, which has no room for copies of weights."""
     device = DEVICES[device_name]
-    mesh = described_mesh(device)
+    # 16 GB do not hold the weights in bf16.
+    shards = 4 if device.name == "v5e" and quantization == "none" else 1
+    mesh = described_mesh(device, {TENSOR: shards})
     config = parse_config(Path("config.json"), LLAMA_3_8B)
     model = abstract_model(config, jnp.bfloat16, mesh, device)
     if quantization != "none":
@@ -90,7 +93,7 @@ def most_temp_bytes(
     prompt's hidden states, several MLPs wide. Of a call three, gate, up and their product: the
     probabilities of a layer, [N, T, T] in bf16, would be half as much again."""
     if program == "decode":
-        logits = 9 if device.name == "tpu7x" else 6  # float32 copies, as XLA schedules them
+        logits = 9 if device.name in ("v5p", "tpu7x") else 6  # float32, as XLA schedules them
         return 4 * config.vocab_size * (2 * (rows + 1) + logits * bucket)
     if program == "call":
         return 2 * bucket * 3 * config.intermediate_size
