@@ -99,14 +99,14 @@ def installs(bin_folder: Path) -> list[str]:
 def test_usage_names_every_command(checkout, bin_folder, arguments):
     done = run(checkout, *arguments, path=bin_folder)
     assert done.returncode == 0
-    assert {"serve", "test", "check", "bench"} <= set(done.stdout.split())
+    assert {"serve", "plan", "test", "check", "bench"} <= set(done.stdout.split())
     assert not (checkout / ".venv").exists()
 
 
 def test_an_unknown_command_is_refused_with_the_known_ones(checkout, bin_folder):
     done = run(checkout, "sevre", path=bin_folder)
     assert done.returncode == 2
-    assert "'sevre'" in done.stderr and "serve, test, check, bench" in done.stderr
+    assert "'sevre'" in done.stderr and "test, check, bench" in done.stderr
 
 
 def test_only_an_old_python_is_one_sentence_and_failure(checkout, bin_folder):

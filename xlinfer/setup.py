@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
@@ -16,7 +16,7 @@ from converters import CheckpointError, parse_config
 from converters.errors import read_object
 from pallas_kernels.devices import DEVICES, Device, device_of_kind
 from xlinfer.config import ModelConfig
-from xlinfer.deployment import Deployment, Sizes, deploy, facts_of
+from xlinfer.deployment import Deployment, Facts, Sizes, deploy, facts_of
 from xlinfer.mesh import TENSOR, make_mesh, replicate_kv_heads
 from xlinfer.quant import quantize_model
 from xlinfer.target import CHIPS, Target, TargetError, parse_target
@@ -145,8 +145,19 @@ def mesh_for(setup: Setup) -> jax.sharding.Mesh:
     )  # fmt: skip
 
 
-def deployment_for(setup: Setup, *, planned_for: Target | None = None) -> Deployment:
-    """Raises PlanError when it does not fit, ValueError when something does not go together.
+class Shapes(NamedTuple):
+    """All of a deployment that its sizes do not change."""
+
+    graph: nnx.GraphDef
+    state: Any
+    facts: Facts
+    mesh: Any  # jax's Mesh, or an AbstractMesh
+    device: Device
+    target: Target
+
+
+def shapes_for(setup: Setup, *, planned_for: Target | None = None) -> Shapes:
+    """Raises ValueError when something does not go together.
 
     `planned_for`: the target itself, of which only numbers are wanted. Its mesh then is one of no
     devices, described or not, so that no compiler need be here; nothing can be compiled for it.
@@ -162,11 +173,21 @@ def deployment_for(setup: Setup, *, planned_for: Target | None = None) -> Deploy
     if setup.quantization is not None:
         quantize_model(model, setup.quantization, device, setup.matmul_impl)
     graph, state = nnx.split(model)
+    return Shapes(graph, state, facts_of(model), mesh, device, target)
+
+
+def deployment_of(shapes: Shapes, sizes: Sizes) -> Deployment:
+    """Raises PlanError when it does not fit."""
     return deploy(
-        graph, state, facts_of(model), mesh=mesh, device=device,
-        device_bytes=target.chip.memory_bytes, sizes=setup.sizes,
-        described=target.chip.platform != "cpu",
+        shapes.graph, shapes.state, shapes.facts, mesh=shapes.mesh, device=shapes.device,
+        device_bytes=shapes.target.chip.memory_bytes, sizes=sizes,
+        described=shapes.target.chip.platform != "cpu",
     )  # fmt: skip
+
+
+def deployment_for(setup: Setup) -> Deployment:
+    """Raises PlanError when it does not fit, ValueError when something does not go together."""
+    return deployment_of(shapes_for(setup), setup.sizes)
 
 
 def with_sizes(setup: Setup, **changes: Any) -> Setup:

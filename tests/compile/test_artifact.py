@@ -57,7 +57,10 @@ def edit(folder: Path, **changes) -> None:
 
 def test_nothing_is_traced_or_compiled_and_the_bits_are_the_same(written):
     heard: Counter[str] = Counter()
-    listen = lambda name, seconds, **_: heard.update([name])
+
+    def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
+        heard.update([event])
+
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
         got = answers(LLM(artifact=written))

@@ -198,7 +198,7 @@ def test_defaults(monkeypatch):
     monkeypatch.setenv("XLINFER_API_KEY", "from-environment")
     values = parse(["serve"])
     assert values is not None and (values.host, values.port) == ("127.0.0.1", 8000)
-    assert engine_options(values).model.endswith("demo")
+    assert str(engine_options(values).model).endswith("demo")
     server = server_options_of(values)
     assert server.api_keys == ("from-environment",) and server.model_root == "pystd-8m"
     assert server.max_request_bytes == 32 * 2**20

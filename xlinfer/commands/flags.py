@@ -10,8 +10,9 @@ from typing import Any
 
 from absl import flags
 
+from xlinfer.commands.sizing import Wish, plan_for
 from xlinfer.deployment import Sizes
-from xlinfer.setup import Setup, setup
+from xlinfer.setup import Setup
 
 # vLLM's name -> ours.
 ALIASES = {"block_size": "page_size", "gpu_memory_utilization": "hbm_utilization"}
@@ -81,27 +82,22 @@ def define(values: flags.FlagValues) -> None:
 
 
 def setup_of(values: flags.FlagValues) -> Setup:
-    """Raises UsageError for flags that do not go together, and what xlinfer.setup.setup does."""
+    """What `python -m xlinfer.plan` plans for these flags. Raises UsageError for flags that do not
+    go together, and what `sizing.plan_for` does."""
+    return plan_for(wish_of(values)).setup
+
+
+def wish_of(values: flags.FlagValues) -> Wish:
+    """Raises UsageError."""
     if values.matmul_impl is not None and values.quantization is None:
         raise UsageError(
             f"--matmul_impl={values.matmul_impl} chooses how quantized weights are multiplied, "
             "and there are none: name a --quantization too, or leave it out"
         )
-    return setup(
-        values.model,
-        values.target,
-        tensor_parallel_size=values.tensor_parallel_size,
-        dtype=values.dtype,
-        quantization=values.quantization,
-        matmul_impl=values.matmul_impl,
-        sizes=sizes_of(values),
-    )
-
-
-def sizes_of(values: flags.FlagValues) -> Sizes:
-    names = [name for name in Sizes.__dataclass_fields__ if name in values]
-    given: dict[str, Any] = {name: values[name].value for name in names}
-    return Sizes(**given)
+    valued: dict[str, Any] = {name: values[name].value for name in values}
+    sizes = {name: valued[name] for name in Sizes.__dataclass_fields__ if name in valued}
+    others = {name: valued[name] for name in Wish.__dataclass_fields__ if name != "sizes"}
+    return Wish(sizes=Sizes(**sizes), **others)
 
 
 def parse(values: flags.FlagValues, argv: Sequence[str], *, required: Sequence[str] = ()) -> None:
@@ -125,7 +121,7 @@ def parse(values: flags.FlagValues, argv: Sequence[str], *, required: Sequence[s
 
 def help_text(values: flags.FlagValues) -> str:
     lines = ["Flags:"]
-    for name in sorted(name for name in values if name not in ALIASES):
+    for name in sorted(set(values) - ALIASES.keys() - {"h"}):
         flag = values[name]
         default = f" (default: {flag.default})" if flag.default not in (None, False, "") else ""
         lines.append(f"  --[no]{name}" if flag.boolean else f"  --{name}")

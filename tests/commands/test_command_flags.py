@@ -1,0 +1,65 @@
+"""The flags that commands share are the server's, in name and word."""
+
+import pytest
+from absl import flags
+
+from xlinfer.commands.flags import ALIASES, UsageError, define, parse, setup_of, wish_of
+from xlinfer.deployment import Sizes
+from xlinfer.serve import flags as server
+from xlinfer.serve.build import DEMO_MODEL
+from xlinfer.setup import deployment_for, deployment_of, find_target, shapes_for
+
+OWN = {"help", "h", "model", "target", "tensor_parallel_size"}
+
+
+def values_of(*argv: str) -> flags.FlagValues:
+    values = flags.FlagValues()
+    define(values)
+    parse(values, ["command", *argv])
+    return values
+
+
+def test_a_shared_flag_is_the_servers():
+    ours, theirs = values_of(), server.define()
+    shared = set(ours) - OWN
+    assert shared <= set(theirs)
+    for name in shared:
+        assert ours[name].help == theirs[name].help, name
+        assert ours[name].default == theirs[name].default, name
+    assert ALIASES.items() <= server.ALIASES.items()
+
+
+def test_dashes_are_underscores_and_aliases_are_known():
+    argv = (f"{DEMO_MODEL}", "--target=cpu", "--max-model-len=64", "--block-size=8")
+    wish = wish_of(values_of(*argv, "--gpu-memory-utilization=0.5", "--deterministic"))
+    assert wish.model == str(DEMO_MODEL) and wish.tensor_parallel_size is None
+    assert wish.sizes == Sizes(
+        max_model_len=64, page_size=8, hbm_utilization=0.5, deterministic=True
+    )
+
+
+def test_flags_may_stand_in_a_file(tmp_path):
+    file = tmp_path / "flags"
+    file.write_text("--target=v6e-8\n--max_model_len=64\n")
+    assert wish_of(values_of(f"--flagfile={file}", "model")).target == "v6e-8"
+    with pytest.raises(UsageError, match="nosuch"):
+        values_of("--flagfile=nosuch")
+
+
+def test_what_is_planned_is_what_is_compiled():
+    setup = setup_of(values_of(str(DEMO_MODEL), "--target=cpu-4", "--tensor_parallel_size=2"))
+    planned = deployment_of(shapes_for(setup, planned_for=find_target("cpu-4")), setup.sizes)
+    compiled = deployment_for(setup)
+    assert planned.memory == compiled.memory and planned.plan == compiled.plan
+    assert planned.paths == compiled.paths
+    assert [p.sharding.spec for p in planned.params] == [p.sharding.spec for p in compiled.params]
+
+
+def test_the_number_of_programs_is_that_of_the_jobs():
+    from xlinfer.commands.plan_report import report
+    from xlinfer.commands.sizing import plan_for
+
+    wish = wish_of(values_of(str(DEMO_MODEL), "--target=cpu"))
+    setup, planned = setup_of(values_of(str(DEMO_MODEL), "--target=cpu")), plan_for(wish)
+    count = report(planned, (), wish, context=64)["programs"]["count"]
+    assert count == len(deployment_for(setup).jobs())

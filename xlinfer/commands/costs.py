@@ -1,0 +1,73 @@
+"""What a deployment's devices read and compute: its own parameters, counted for the roofline."""
+
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+
+from xlinfer.config import ModelConfig
+from xlinfer.deployment import Deployment, bytes_on_one
+from xlinfer.kvcache import tensor_size
+from xlinfer.plan.roofline import Rates, Work
+from xlinfer.target import Chip
+
+EMBEDDING, HEAD = "embed_VD", "head_DV"
+EXPERTS = re.compile(r"\.(gate_up_EID|down_EDI)\b")
+NO_MATRIX = re.compile(r"(bias|scale)")  # of a product: those of norms and QTensors
+
+
+def work_of(deployment: Deployment, config: ModelConfig) -> Work:
+    n = tensor_size(deployment.programs.mesh)
+    itemsize = jnp.dtype(deployment.spec.dtype).itemsize
+    layer_bytes = layer_flops = expert_bytes = expert_numbers = 0
+    head_bytes = head_flops = 0
+    for path, x in zip(deployment.paths, deployment.params, strict=True):
+        size, numbers = bytes_on_one(x), _numbers(x)
+        if path == HEAD or (path == EMBEDDING and config.tie_word_embeddings):
+            head_bytes, head_flops = size, 2 * numbers
+        elif path == EMBEDDING:
+            continue
+        elif EXPERTS.search(path):
+            expert_bytes += size
+            expert_numbers += 0 if NO_MATRIX.search(path) else numbers
+        else:
+            layer_bytes += size
+            is_matrix = x.ndim >= 3 and not NO_MATRIX.search(path)
+            layer_flops += 2 * numbers if is_matrix else 0
+    moe, facts = config.moe, deployment.facts
+    experts = 0 if moe is None else moe.num_experts
+    return Work(
+        devices=n,
+        layer_bytes=layer_bytes,
+        head_bytes=head_bytes,
+        layer_flops=layer_flops,
+        head_flops=head_flops,
+        num_experts=experts,
+        experts_per_token=0 if moe is None else moe.num_experts_per_tok,
+        expert_bytes=expert_bytes * n // experts if experts else 0,
+        expert_flops=2 * expert_numbers * n // experts if experts else 0,
+        windows=config.windows,
+        kv_bytes=deployment.memory.page_bytes / deployment.spec.page_size / facts.num_layers,
+        pair_flops=4 * facts.num_heads // n * facts.head_dim,
+        hidden_bytes=config.hidden_size * itemsize,
+        # After attention and after the MLP of each layer, and of the embedding's rows.
+        all_reduces=2 * facts.num_layers + 1,
+        vocab_size=facts.vocab_size,
+    )
+
+
+def rates_of(deployment: Deployment, chip: Chip) -> Rates:
+    """Weights in int4 and int8 are widened to the activations' dtype before they are multiplied;
+    fp8 is multiplied as it is where the chip can."""
+    activations = jnp.dtype(deployment.spec.dtype).name
+    known = "bfloat16" if activations == "float16" else activations
+    is_fp8 = any(x.dtype.name == "float8_e4m3fn" for x in deployment.params)
+    attention = chip.flops[known]
+    products = chip.flops.get("float8_e4m3fn", attention) if is_fp8 else attention
+    return Rates(memory=chip.bandwidth, products=products, attention=attention, link=chip.link)
+
+
+def _numbers(x: jax.ShapeDtypeStruct) -> int:
+    """Of a placed array, how many lie on one device."""
+    return math.prod(x.sharding.shard_shape(x.shape))  # type: ignore[union-attr]

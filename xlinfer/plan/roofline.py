@@ -1,0 +1,158 @@
+"""How long a step takes at the least, from the bytes that it moves and the sums that it does.
+
+A bound, not a forecast: every resource runs at its data sheet's peak, device memory and
+arithmetic overlap, what goes between devices overlaps neither, and starting a program or a
+transfer takes no time. No jax.
+
+L layers   T tokens of a step   n devices that share each layer
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+LOGIT_BYTES = 4  # float32
+Resource = Literal["memory", "compute", "link"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rates:
+    """Of one device, per second."""
+
+    memory: float  # bytes
+    products: float  # operations of products with weights
+    attention: float  # operations of attention, in the activations' dtype
+    link: float  # bytes to the other devices
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What one of the `devices` that share a model reads and computes."""
+
+    devices: int
+    layer_bytes: int  # weights of all layers but experts: read once a step
+    head_bytes: int  # read once where tokens are sampled; the embedding is read by row
+    layer_flops: int  # of a token in all layers, experts and attention apart
+    head_flops: int  # of a row
+    num_experts: int  # of a layer, over all devices; 0: there are none
+    experts_per_token: int
+    expert_bytes: int  # of one expert in all layers
+    expert_flops: int  # of a token in one expert, all layers
+    windows: tuple[int | None, ...]  # per layer: tokens seen; None sees all
+    kv_bytes: float  # of a token in one layer: this device's heads
+    pair_flops: int  # of a query and a key in one layer: this device's heads
+    hidden_bytes: int  # of a token
+    all_reduces: int  # of a token's hidden state, in one step
+    vocab_size: int
+
+
+class Step(NamedTuple):
+    """Of one device. Bytes and operations of a step, and the least time of each, in seconds."""
+
+    weight_bytes: float
+    kv_bytes: float
+    logit_bytes: float
+    link_bytes: float
+    flops: float
+    memory_s: float
+    compute_s: float
+    link_s: float
+
+    @property
+    def seconds(self) -> float:
+        return max(self.memory_s, self.compute_s) + self.link_s
+
+    @property
+    def limit(self) -> Resource:
+        times: dict[Resource, float] = {
+            "memory": self.memory_s, "compute": self.compute_s, "link": self.link_s
+        }  # fmt: skip
+        return max(times, key=lambda name: times[name])
+
+
+def decode_step(work: Work, rates: Rates, *, batch: int, context: int) -> Step:
+    """A token for each of `batch` sequences, which stand at `context` tokens each."""
+    seen = sum(min(context, window or context) for window in work.windows)
+    return _step(
+        work, rates, tokens=batch, sampled=batch, pairs=batch * seen,
+        kv_tokens=batch * (seen + len(work.windows)),
+    )  # fmt: skip
+
+
+def prefill_steps(work: Work, rates: Rates, *, prompt: int, chunk: int) -> list[Step]:
+    """One prompt, `chunk` tokens a step, of which the last is sampled from. A step reads the keys
+    and values of earlier ones once, and writes its own."""
+    steps = []
+    for start in range(0, prompt, chunk):
+        end = min(start + chunk, prompt)
+        read = sum(min(start, window or start) for window in work.windows)
+        steps.append(
+            _step(
+                work, rates, tokens=end - start, sampled=int(end == prompt),
+                pairs=sum(pairs(start, end, window) for window in work.windows),
+                kv_tokens=read + 2 * (end - start) * len(work.windows),
+            )
+        )  # fmt: skip
+    return steps
+
+
+def total_seconds(steps: Iterable[Step]) -> float:
+    return sum(step.seconds for step in steps)
+
+
+def limit_of(steps: list[Step]) -> Resource:
+    """What limits most of the time."""
+    names: tuple[Resource, ...] = ("memory", "compute", "link")
+    spent = {name: sum(s.seconds for s in steps if s.limit == name) for name in names}
+    return max(names, key=lambda name: spent[name])
+
+
+def pairs(start: int, end: int, window: int | None) -> int:
+    """Keys that the causal queries at positions start..end-1 see, itself included, together."""
+    upto = lambda n: n * (n + 1) // 2
+    if window is None or end <= window:
+        return upto(end) - upto(start)
+    if start >= window:
+        return (end - start) * window
+    return upto(window) - upto(start) + (end - window) * window
+
+
+def distinct_experts(work: Work, tokens: int) -> float:
+    """Of this device's experts of a layer, how many `tokens` are expected to choose, each with
+    equal chances."""
+    if not work.num_experts:
+        return 0.0
+    missed = (1 - work.experts_per_token / work.num_experts) ** tokens
+    return work.num_experts / work.devices * (1 - missed)
+
+
+def _step(
+    work: Work, rates: Rates, *, tokens: int, sampled: int, pairs: int, kv_tokens: int
+) -> Step:
+    """`pairs` and `kv_tokens` (read or written) are summed over layers."""
+    n = work.devices
+    weights = (
+        work.layer_bytes
+        + work.head_bytes * (sampled > 0)
+        + work.expert_bytes * distinct_experts(work, tokens)
+        + tokens * work.hidden_bytes  # rows of the embedding
+    )
+    kv = kv_tokens * work.kv_bytes
+    # Every device samples: it writes all logits and reads them, and gets what others computed.
+    logits = sampled * work.vocab_size * LOGIT_BYTES
+    # A ring sends each part around once to add and once to spread.
+    reduced = work.all_reduces * tokens * work.hidden_bytes * 2 * (n - 1) / n
+    link = reduced + logits * (n - 1) / n
+    products = (
+        tokens * work.layer_flops
+        + sampled * work.head_flops
+        + tokens * work.experts_per_token / n * work.expert_flops
+    )
+    attention = pairs * work.pair_flops
+    return Step(
+        weight_bytes=weights, kv_bytes=kv, logit_bytes=2 * logits, link_bytes=link,
+        flops=products + attention,
+        memory_s=(weights + kv + 2 * logits) / rates.memory,
+        compute_s=products / rates.products + attention / rates.attention,
+        link_s=link / rates.link,
+    )  # fmt: skip
