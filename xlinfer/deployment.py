@@ -50,12 +50,22 @@ class Defaults:
     max_num_batched_tokens: int
     page_size: int
     bucket_ratio: int
+    fewest_tokens: int  # of a bucket
+    fewest_rows: int
 
 
 # On CPU a step is bound by arithmetic, so a larger one gains nothing, and two cores compile the
-# programs, so there are few. Elsewhere pages are of the size that kernels copy at once.
-ON_CPU = Defaults(max_num_seqs=32, max_num_batched_tokens=512, page_size=16, bucket_ratio=4)
-ELSEWHERE = Defaults(max_num_seqs=128, max_num_batched_tokens=2048, page_size=64, bucket_ratio=2)
+# programs, so there are few.
+ON_CPU = Defaults(
+    max_num_seqs=32, max_num_batched_tokens=512, page_size=16, bucket_ratio=4,
+    fewest_tokens=32, fewest_rows=1,
+)  # fmt: skip
+# Elsewhere pages are of the size that kernels copy at once. A step of few tokens is bound by
+# reading the weights, and as fast as one of 128; tensor cores multiply 8 rows at least.
+ELSEWHERE = Defaults(
+    max_num_seqs=128, max_num_batched_tokens=2048, page_size=64, bucket_ratio=2,
+    fewest_tokens=128, fewest_rows=8,
+)  # fmt: skip
 CPU_CACHE_BYTES = 1 << 30  # the KV cache's budget where the memory is the host's
 
 
@@ -208,6 +218,8 @@ def deploy(
         max_logprobs=min(sizes.max_logprobs, facts.vocab_size),
         deterministic=sizes.deterministic,
         bucket_ratio=defaults.bucket_ratio,
+        fewest_tokens=defaults.fewest_tokens,
+        fewest_rows=defaults.fewest_rows,
     )
     programs = Programs(
         graph=graph, tree=tree, plan=plan, mesh=mesh, device=device, attention_impl=spec.impl

@@ -73,6 +73,28 @@ def test_nothing_is_traced_or_compiled_and_the_bits_are_the_same(written):
     assert got == answers(fresh)
 
 
+def test_a_start_without_an_artifact_says_what_it_found(tmp_path, caplog):
+    sizes = {"max_model_len": 32, "max_num_seqs": 1, "max_num_batched_tokens": 16}
+    one = {**sizes, "deterministic": True, "compile_cache_dir": tmp_path / "cache"}
+    (tmp_path / "cache").mkdir(mode=0o700)
+    old = jax.config.jax_compilation_cache_dir
+    try:
+        with caplog.at_level("INFO", logger="xlinfer.engine"):
+            first = LLM(DEMO_MODEL, **one)
+            assert caplog.text.count("miss, it was never compiled here") == 5
+            caplog.clear()
+            again = LLM(DEMO_MODEL, **one)
+            assert caplog.text.count(": hit") == 5 and "miss" not in caplog.text
+            caplog.clear()
+            LLM(DEMO_MODEL, **one | {"max_model_len": 48})
+            assert "program forward-16: miss, the program is another" in caplog.text
+            assert "program score: hit" in caplog.text
+    finally:
+        jax.config.update("jax_compilation_cache_dir", old)
+    tokens = [llm.generate("a", GREEDY)[0].outputs[0].token_ids for llm in (first, again)]
+    assert tokens[0] == tokens[1]
+
+
 def test_the_same_command_finds_what_it_compiled(written, cache, tmp_path, capsys):
     assert compile_demo(tmp_path / "again", cache=cache) == 0
     report = capsys.readouterr().out

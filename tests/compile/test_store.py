@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from xlinfer.compile.executable import ExecutableError, Stored, load, store
+from xlinfer.compile.executable import ExecutableError, Stored, load, serialize
 from xlinfer.compile.parallel import CompileError, compile_in_parallel
 from xlinfer.compile.store import Store, facts_of
 from xlinfer.compile.trees import decode_tree, encode_tree
@@ -44,7 +44,7 @@ def call(compiled, args):
 def test_a_stored_program_runs_as_the_one_that_was_compiled(mesh):
     lowered, args = program(mesh, 2.0)
     compiled = lowered.compile()
-    again = load(store(compiled, args, (1,)), mesh)
+    again = load(serialize(compiled, args, (1,)), mesh)
     given, kv, total = call(again, args)
     assert given[1].is_deleted() and not given[2].is_deleted()
     _, want_kv, want_total = call(compiled, args)
@@ -57,7 +57,7 @@ def test_a_stored_program_runs_as_the_one_that_was_compiled(mesh):
 def test_damaged_or_foreign_code_is_refused():
     mesh = make_mesh(1)
     lowered, args = program(mesh, 1.0)
-    whole = store(lowered.compile(), args, (1,))
+    whole = serialize(lowered.compile(), args, (1,))
     with pytest.raises(ExecutableError, match="does not load on cpu"):
         load(dataclasses.replace(whole, code=whole.code[:100]), mesh)
     for name in ("arguments", "results", "name"):
@@ -72,7 +72,7 @@ def test_what_missed_is_said(tmp_path):
     facts = facts_of(lowered, mesh, {})
     assert kept.get(facts) is None
     assert kept.why_missed("p", facts) == "it was never compiled here"
-    kept.put("p", facts, store(lowered.compile(), args, (1,)))
+    kept.put("p", facts, serialize(lowered.compile(), args, (1,)))
     found = kept.get(facts)
     assert found is not None and call(load(found, mesh), args)
 

@@ -357,6 +357,20 @@ def test_a_dry_run_of_one_op(tmp_path):
     assert not (ROOT / "pallas_kernels" / "int8_matmul" / "tuned" / "cpu.json").exists()
 
 
+def test_an_artifact_starts_without_compiling_and_gives_the_same_tokens(tmp_path):
+    document = dry_run(tmp_path, "--part=artifact")
+    records = document["records"]
+    starts = {r["start"]: r for r in records if "start" in r}
+    counts = {name: (r["traces"] > 0, r["compiles"] > 0) for name, r in starts.items()}
+    assert counts == {
+        "artifact": (False, False), "uncached": (True, True), "cached": (True, False),
+    }  # fmt: skip
+    assert all(r["phases"]["first token"] > 0 and len(r["answers"]) == 4 for r in starts.values())
+    assert starts["artifact"]["plan"] == starts["uncached"]["plan"]
+    compared = [r for r in records if "compared" in r]
+    assert len(compared) == 2 and all(r["equal"] and r["tokens"] == 128 for r in compared)
+
+
 @pytest.mark.slow
 def test_a_dry_run_of_everything(tmp_path):
     document = dry_run(tmp_path)

@@ -2,8 +2,9 @@
 
 The parts, in order: ceilings of the machine; correctness of every kernel in the compiled path;
 timing at the shapes of published models, beside the alternatives; torch's alternatives; the engine
-on an 8 B Llama; and, in the time that is left, a sweep of tile choices. Results are written as
-they come to OUTPUT/gpu_check_<device>.json, and tile choices to pallas_kernels/<op>/tuned.
+on an 8 B Llama; an artifact compiled elsewhere, against programs compiled here; and, in the time
+that is left, a sweep of tile choices. Results are written as they come to OUTPUT/gpu_check.json,
+and tile choices to pallas_kernels/<op>/tuned.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import json
 import os
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from pallas_kernels.cases import OPS
-from tools.gpu_check import summary
+from tools.gpu_check import starts, summary
 from tools.gpu_check.runner import ROOT, Results, Runner, Task, shares
 from tools.gpu_check.targets import verdicts
 
@@ -29,6 +31,7 @@ PARTS = {  # and their shares of the time
     "timing": 34,
     "torch_timing": 6,
     "engine": 28,
+    "artifact": 30,
     "tuning": 11,
 }
 ENGINES = ("bf16", "w4a16", "fp8")
@@ -51,6 +54,11 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
         "--dry_run", action="store_true", help="on CPU: the same paths, references, tiny shapes"
     )
     parser.add_argument(
+        "--artifact", type=Path, metavar="DIR",
+        help="start from these programs too; without it that part is skipped. On any machine:\n"
+        f"{starts.compile_command()}\nOnly you may be able to write to DIR: chmod -R go-w DIR.",
+    )  # fmt: skip
+    parser.add_argument(
         "--output", type=Path, help="folder for the results; $OUT where set, else docs/benchmarks"
     )
     parser.add_argument(
@@ -60,6 +68,8 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.budget_s <= 0:
         parser.error(f"--budget_s={args.budget_s}: it must be positive")
+    if args.dry_run and args.artifact is not None:
+        parser.error("--artifact: a dry run compiles its own")
     args.part = [p for p in PARTS if not args.part or p in args.part]
     args.op = [op for op in OPS if not args.op or op in args.op]
     args.engine = [e for e in ENGINES if not args.engine or e in args.engine]
@@ -88,9 +98,16 @@ def main(argv: Sequence[str]) -> int:
     )
     runner = Runner(results, args.output / f"{name}.log", say)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the table is still printed
+    if "artifact" in args.part and args.artifact is None and not args.dry_run:
+        args.part.remove("artifact")
+        results.set(no_artifact=starts.compile_command())
+        say(f"the artifact part is skipped: give --artifact=DIR, after {starts.compile_command()}")
     try:
         for part, end in shares({p: PARTS[p] for p in args.part}, args.budget_s):
-            run_part(part, args, results, runner, started + end)
+            if part == "artifact":
+                run_starts(args, results, runner, started + end)
+            else:
+                run_part(part, args, results, runner, started + end)
             if part == "ceilings" and not any("machine" in r for r in results.of(part)):
                 say("jax found no device to measure; the log says why. --dry_run needs none.")
                 break
@@ -141,6 +158,32 @@ def run_part(part: str, args: Any, results: Results, runner: Runner, end: float)
             # of three measures nothing.
             fair = left() if part == "engine" else 1.5 * left() / (len(ops) - i)
             run([op], min(left(), fair))
+
+
+def run_starts(args: Any, results: Results, runner: Runner, end: float) -> None:
+    """Each in a process of its own; then whether they answered alike."""
+    left = lambda: end - time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="gpu_check-") as scratch:
+        artifact = str(Path(scratch) / "artifact" if args.dry_run else args.artifact.absolute())
+        for name in ("compile", *starts.STARTS) if args.dry_run else starts.STARTS:
+            # What a start that compiles all leaves may be too little; the third is no loss.
+            taken = [w["seconds"] for w in results.document["workers"] if w["part"] == "artifact"]
+            if left() < (1.5 * min(taken, default=LEAST_S) if name == "cached" else LEAST_S):
+                note = {"part": "artifact", "ops": [name], "seconds": 0.0, "status": "out of time"}
+                kind = "records" if name == "cached" else "workers"
+                results.add(kind, note)
+                continue
+            seconds = left() / 2 if name == "artifact" else left()  # what hangs leaves half
+            task = Task("artifact", (name,), seconds, args.dry_run, {}, artifact, scratch)
+            if runner.run(task):
+                continue
+            if name == "compile":
+                return
+            if name == "uncached" and left() > LEAST_S:
+                # Perhaps because programs could not be kept for the third: without, then.
+                runner.run(task._replace(seconds=left(), scratch=""))
+    for found in starts.comparisons(results.of("artifact")):
+        results.add("records", {"part": "artifact", **found})
 
 
 def tuned_tables(results: Results) -> dict[str, Any]:

@@ -24,6 +24,9 @@ class Job(NamedTuple):
     dry_run: bool
     deadline: float  # of time.monotonic()
     ceilings: dict[str, Any]  # as the part of that name measured them; empty where it did not
+    started: float  # of time.monotonic(), which processes share: when this one was asked for
+    artifact: str  # a folder that xlinfer.compile wrote; "" for parts that need none
+    scratch: str  # a folder that the workers of a part share; "" likewise
 
     @property
     def left(self) -> float:

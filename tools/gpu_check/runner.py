@@ -24,13 +24,15 @@ GRACE_S = 8.0  # between the time that a worker is told and the time that it is 
 
 
 class Task(NamedTuple):
-    """For one worker: Job's fields, as JSON holds them."""
+    """For one worker: Job's fields, as JSON holds them, but when it was started."""
 
     part: str
     ops: tuple[str, ...]
     seconds: float
     dry_run: bool
     ceilings: Mapping[str, Any]
+    artifact: str = ""
+    scratch: str = ""
 
 
 class Results:
@@ -81,7 +83,8 @@ class Runner:
         started = time.monotonic()
         job = {
             "ops": task.ops, "seconds": task.seconds, "dry_run": task.dry_run,
-            "ceilings": task.ceilings,
+            "ceilings": task.ceilings, "started": started,
+            "artifact": task.artifact, "scratch": task.scratch,
         }  # fmt: skip
         command = [sys.executable, "-m", "tools.gpu_check.worker", task.part, json.dumps(job)]
         log_start = self._log.stat().st_size

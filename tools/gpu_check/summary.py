@@ -3,23 +3,26 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from tools.gpu_check import starts
+
 Document = Mapping[str, Any]
 
 
 def text(document: Document) -> str:
     lines = [
         *_machine(document), *_correctness(document), *_timing(document), *_engine(document),
-        *_tuning(document), *_targets(document), *_workers(document),
+        *_artifact(document), *_tuning(document), *_targets(document), *_workers(document),
     ]  # fmt: skip
     return "\n".join(lines)
 
 
 def faults(document: Document) -> int:
-    """Workers that did not end well, results that are not the reference's."""
+    """Workers that did not end well, results that are not the reference's, starts that differ."""
     workers = sum(w["status"] != "ok" for w in document["workers"])
     wrong = sum(r.get("ok") is False for r in _of(document, "correctness"))
     timed = [r["ours"] for r in _of(document, "timing") if "ours" in r]
-    return workers + wrong + sum(not r.get("ok", False) for r in timed)
+    started = starts.faults(_of(document, "artifact"), document.get("dry_run", False))
+    return workers + wrong + started + sum(not r.get("ok", False) for r in timed)
 
 
 def _of(document: Document, part: str) -> list[Mapping[str, Any]]:
@@ -105,6 +108,44 @@ def _engine(document: Document) -> Iterator[str]:
             rates
         )
         yield f"  {', '.join(parts)}; compiled in {r.get('compile_s', 0):.0f} s"
+
+
+def _artifact(document: Document) -> Iterator[str]:
+    if "no_artifact" in document:
+        yield f"\nno --artifact to start from; this writes one: {document['no_artifact']}"
+    rows = _of(document, "artifact")
+    if any("start" in r for r in rows):
+        yield (
+            f"\n{'start':10}{'first token, s':>15}{'but weights':>13}{'traces':>8}{'compiles':>10}"
+            "  of these"
+        )
+    for r in rows:
+        if "refused" in r:
+            yield f"{r['start']:10} REFUSED: {r['refused']}"
+        elif "start" in r:
+            phases, total = r["phases"], r["seconds"]
+            of = ", ".join(f"{name} {seconds:.1f}" for name, seconds in phases.items())
+            counts = f"{r['traces']:>8}{r['compiles']:>10}"
+            yield f"{r['start']:10}{total:>15.1f}{total - phases['weights']:>13.1f}{counts}  {of}"
+        elif "status" in r:
+            yield f"{r['ops'][0]:10} left out: {r['status']}"
+    for r in rows:
+        if "compared" in r:
+            one, other = r["compared"]
+            yield f"  {one} and {other}: {_alike(r)}"
+
+
+def _alike(r: Mapping[str, Any]) -> str:
+    apart = r["largest_logprob_difference"]
+    apart = "" if apart is None else f", log-probabilities within {apart:.2g}"
+    if r["equal"]:
+        return f"the same {r['tokens']} tokens{apart}"
+    first = r["first_differences"][0]
+    return (
+        f"DIFFERENT tokens in {len(r['first_differences'])} prompts, first in prompt "
+        f"{first['prompt']} at {first['at']} ({first['tokens'][0]} for {first['tokens'][1]}, which "
+        f"led by {first['lead']:.2g}); {r['tokens_agreed']} of {r['tokens']} before{apart}"
+    )
 
 
 def _tuning(document: Document) -> Iterator[str]:

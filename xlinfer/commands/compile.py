@@ -68,7 +68,8 @@ def main(argv: Sequence[str]) -> int:
         if values.weights and Path(values.model).expanduser().is_file():
             raise ValueError("--weights needs the folder of a checkpoint as --model")
         jax.config.update("jax_platforms", "cpu")
-        jax.config.update("jax_num_cpu_devices", setup.tensor_parallel_size)
+        if jax.config.jax_num_cpu_devices < setup.tensor_parallel_size:  # for the weights
+            jax.config.update("jax_num_cpu_devices", setup.tensor_parallel_size)
         report = compile_artifact(
             setup,
             values.model,
@@ -94,12 +95,13 @@ def compile_artifact(
     started, kept = time.monotonic(), Store(cache)
     output.parent.mkdir(parents=True, exist_ok=True)
     deployment = deployment_for(setup)
+    jobs = list(deployment.jobs())
     with show_progress() as progress:
         done = compile_in_parallel(
-            setup.as_json(), list(deployment.jobs()), cache, processes=processes,
+            setup.as_json(), longest_first(jobs), cache, processes=processes,
             cpu_devices=setup.tensor_parallel_size, progress=progress,
         )  # fmt: skip
-        digests = {key: compiled.digest for key, compiled in done.items()}
+        digests = {key: done[key].digest for key in jobs}
         manifest = describe(deployment, setup.as_json(), digests)
         draft = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
         try:
@@ -116,6 +118,13 @@ def compile_artifact(
             raise
     check_private(output / MANIFEST, "artifact")
     return summary(output, setup, deployment, done, measured, time.monotonic() - started)
+
+
+def longest_first(keys: Sequence[Key]) -> list[Key]:
+    """So that no compiler is left alone with a long one: decode with its sampler, large buckets."""
+    order = ("decode", "sample", "forward")
+    rank = lambda key: (order.index(key[0]) if key[0] in order else len(order), -key[1])
+    return sorted(keys, key=rank)
 
 
 def write_weights(

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from xlinfer.compile import Key, label, lower_job, options_for
-from xlinfer.compile.executable import store
+from xlinfer.compile.executable import serialize
 from xlinfer.compile.store import Store, facts_of
 from xlinfer.cost import cost_of
 from xlinfer.deployment import Deployment, Job
@@ -28,7 +28,7 @@ def compile_one(key: Key, job: Job, deployment: Deployment, kept: Store) -> dict
     found, hit = kept.get(facts), True
     if found is None:
         hit, compiled = False, lowered.compile(options)
-        found = store(compiled, job.args, job.donated)
+        found = serialize(compiled, job.args, job.donated)
         memory, cost = compiled.memory_analysis(), cost_of(job)
         assert memory is not None
         found.description["memory"] = {

@@ -15,7 +15,7 @@ from jax._src.config import enable_compilation_cache
 from jax.stages import Compiled, Lowered
 
 from pallas_kernels.devices import Device
-from xlinfer.compile.executable import ExecutableError, load, store
+from xlinfer.compile.executable import ExecutableError, load, serialize
 from xlinfer.compile.store import Facts, Store, facts_of
 from xlinfer.deployment import Deployment, Job
 from xlinfer.progress import Progress
@@ -112,7 +112,7 @@ def _ready(
     say(f"program {title(key)}: miss, {why or kept.why_missed(name, facts)}")
     with enable_compilation_cache(False):  # it is kept here, and not by jax too
         compiled = lowered.compile(options)
-    kept.put(name, facts, store(compiled, job.args, job.donated))
+    kept.put(name, facts, serialize(compiled, job.args, job.donated))
     return compiled
 
 

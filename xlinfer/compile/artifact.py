@@ -28,7 +28,7 @@ from xlinfer.compile import Executables, Key, title
 from xlinfer.compile.executable import Stored, load
 from xlinfer.compile.store import Store, check_private, host_kind, versions
 from xlinfer.compile.trees import decode_array, encode_array
-from xlinfer.deployment import Deployment
+from xlinfer.deployment import Deployment, Sizes
 from xlinfer.plan import Plan
 from xlinfer.programs import decode_shapes, forward_shapes, sample_shapes
 from xlinfer.sampling import empty_slots
@@ -153,7 +153,8 @@ def compile_again(manifest: Mapping[str, Any], path: Path) -> str:
         for name in ("tensor_parallel_size", "dtype", "quantization", "matmul_impl")
         if setup.get(name) is not None
     ]
-    sizes = {name: v for name, v in setup.get("sizes", {}).items() if v is not None}
+    default = asdict(Sizes())
+    sizes = {n: v for n, v in setup.get("sizes", {}).items() if v != default.get(n)}
     flags += [f"--{name}={value}" for name, value in sizes.items()]
     if manifest.get("has_weights"):
         flags.append("--weights")

@@ -32,7 +32,7 @@ class Stored:
     code: bytes  # as PJRT serializes it: runs only with the same version of the same plugin
 
 
-def store(compiled: Compiled, args: tuple, donated: Sequence[int]) -> Stored:
+def serialize(compiled: Compiled, args: tuple, donated: Sequence[int]) -> Stored:
     """`compiled`, which was jitted with keep_unused=True for `args` (abstract and placed), of which
     those at `donated` are given away."""
     held: pxla.UnloadedMeshExecutable = compiled._executable._unloaded_executable  # type: ignore

@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass
 
-SMALLEST_TOKEN_BUCKET = 32
-
 
 class PlanError(ValueError):
     """The numbers asked for do not go together, or do not fit."""
@@ -105,22 +103,25 @@ def make_plan(
     max_logprobs: int,
     deterministic: bool,
     bucket_ratio: int = 2,
+    fewest_tokens: int = 32,
+    fewest_rows: int = 1,
 ) -> Plan:
     """Each bucket is `bucket_ratio` times the one before: with 2 at most half of a step is
-    padding, with 4 there are half as many programs to compile.
+    padding, with 4 there are half as many programs to compile. The smallest buckets hold
+    `fewest_tokens` and `fewest_rows`, or what the steps have at most.
 
     `deterministic` leaves one program of each kind, so that every token of every request is
     computed by the same instructions whatever else runs. Raises PlanError.
     """
-    fewest = min(SMALLEST_TOKEN_BUCKET, max_num_batched_tokens)
+    tokens, rows = min(fewest_tokens, max_num_batched_tokens), min(fewest_rows, max_num_seqs)
     return Plan(
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
         page_size=page_size,
         num_pages=num_pages,
-        token_buckets=_buckets(fewest, max_num_batched_tokens, bucket_ratio, one=deterministic),
-        decode_buckets=() if deterministic else _buckets(1, max_num_seqs, bucket_ratio),
+        token_buckets=_buckets(tokens, max_num_batched_tokens, bucket_ratio, one=deterministic),
+        decode_buckets=() if deterministic else _buckets(rows, max_num_seqs, bucket_ratio),
         decode_window=0 if deterministic else decode_window,
         max_logprobs=max_logprobs,
     )
