@@ -1,12 +1,15 @@
 """What is wrong with an argument, said by its name, its value and what is allowed.
 
-All raise ValueError, when a function is traced: nothing here looks at an array's contents.
+All raise ValueError, when a function is traced. An array's contents are looked at only where
+they are at hand, outside of jit: `check_below`.
 """
 
 from collections.abc import Collection, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def check_rank(name: str, x: Any, rank: int) -> None:
@@ -33,3 +36,13 @@ def check_multiple(name: str, value: int, of: int, *, why: str) -> None:
 def check_one_of(name: str, value: Any, allowed: Collection[Any]) -> None:
     if value not in allowed:
         raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, allowed))}")
+
+
+def check_below(name: str, x: Any, limit: int, *, why: str) -> None:
+    """Indices in 0 to limit - 1; what is being traced has no contents yet, and passes."""
+    if isinstance(x, jax.core.Tracer):
+        return
+    values = np.asarray(x)
+    wrong = values[(values < 0) | (values >= limit)]
+    if wrong.size:
+        raise ValueError(f"{name} has {wrong.flat[0]}; it must be in 0 to {limit - 1}: {why}")

@@ -107,6 +107,9 @@ def write_and_attend(
     checks.check_shape(
         "pages.kv_LPSD", pages.kv_LPSD, want.shape, why=f"the cache_shapes of {impl}"
     )
+    checks.check_below("page_T", page_T, P, why="pages there are")
+    checks.check_below("slot_T", slot_T, S, why="slots a page has")
+    checks.check_below("pages_RM", ragged.pages_RM, P, why="pages there are")
     if impl == "reference":
         kv_LPSD = reference.write(
             latent_TC, rope_TH, pages.kv_LPSD, layer, page_T, slot_T, kv_scale

@@ -114,6 +114,10 @@ def write_and_attend(
     _check_step(q_TNH, k_TKH, v_TKH, page_T, slot_T, ragged, decode_only)
     _check_options(q_TNH, k_TKH, dtype, scale, softcap, sinks_N, alibi_N, kv_scales)
     _check_pages(impl, pages, q_TNH, k_TKH)
+    num_pages = jax.tree.leaves(pages)[0].shape[1]
+    checks.check_below("page_T", page_T, num_pages, why="pages there are")
+    checks.check_below("slot_T", slot_T, page_size, why="slots a page has")
+    checks.check_below("pages_RM", ragged.pages_RM, num_pages, why="pages there are")
     options: dict[str, Any] = {
         "window": window, "scale": scale, "decode_only": decode_only, "softcap": softcap,
         "sinks_N": sinks_N, "alibi_N": alibi_N, "kv_scales": kv_scales,

@@ -299,3 +299,12 @@ def test_decode_only_of_rows_with_more_queries(keys):
 def test_names_of_cases_are_unique():
     names = [c.name for c in (*CPU_CASES, *KERNEL_CASES, *MODEL_CASES)]
     assert len(set(names)) == len(names)
+
+
+def test_a_page_that_there_is_not_is_named(keys):
+    """Where contents are at hand, outside of jit."""
+    case = case_named("one")
+    given = list(inputs(case, next(keys), "reference"))
+    given[6] = given[6].at[0].set(10**6)
+    with pytest.raises(ValueError, match="page_T has 1000000; it must be in 0 to"):
+        call(case, "reference", CPU)(*given)

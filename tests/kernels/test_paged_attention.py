@@ -281,3 +281,23 @@ def test_what_the_gpu_kernel_does_not_take_is_named(change, message):
     step = lambda args: run(case, args, device=H200, impl="mosaic_gpu")
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(step, abstract(case))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("page_T", 10**6, "page_T has 1000000; it must be in 0 to"),
+        ("slot_T", -1, "slot_T has -1; it must be in 0 to 15"),
+        ("pages_RM", 99, "pages_RM has 99; it must be in 0 to"),
+    ],
+)
+def test_a_page_that_there_is_not_is_named(name, value, says, keys):
+    """Where contents are at hand, outside of jit."""
+    given = arguments(STEP, inputs(STEP, next(keys), "reference"))
+    if name == "pages_RM":
+        ragged = given["ragged"]
+        wrong = {"ragged": ragged._replace(pages_RM=ragged.pages_RM.at[0, 0].set(value))}
+    else:
+        wrong = {name: given[name].at[0].set(value)}
+    with pytest.raises(ValueError, match=says):
+        write_and_attend(**(given | {"impl": "reference"} | wrong))
