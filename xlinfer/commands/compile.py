@@ -20,8 +20,9 @@ from flax import nnx
 from converters import CheckpointError
 from xlinfer.artifact import BESIDE
 from xlinfer.commands.flags import UsageError, define, help_text, parse, setup_of
+from xlinfer.compile import Key, title
 from xlinfer.compile.artifact import MANIFEST, PARAMETERS, describe, seal, write_programs
-from xlinfer.compile.parallel import Compiled, CompileError, Key, compile_in_parallel
+from xlinfer.compile.parallel import Compiled, CompileError, compile_in_parallel
 from xlinfer.compile.parameters import write_parameters
 from xlinfer.compile.store import Store, check_private
 from xlinfer.deployment import Deployment, paths_of
@@ -180,7 +181,7 @@ def summary(
         (
             f"{output}: {len(done)} programs for {setup.target}, {hits} of them compiled before,"
             f" in {seconds:.0f} s; {size / 2**20:.0f} MiB on disk",
-            f"  the slowest: {'-'.join(map(str, slowest))}, {done[slowest].seconds:.0f} s",
+            f"  the slowest: {title(slowest)}, {done[slowest].seconds:.0f} s",
             f"  of each device: {gib(total)}, planned {gib(planned)}"
             f" ({100 * (total / planned - 1):+.1f} %); temporaries {gib(measured['temporaries'])},"
             f" planned {gib(measured['temporaries_planned'])}",

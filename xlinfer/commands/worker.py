@@ -1,4 +1,5 @@
-"""`python -m xlinfer.commands.worker STORE`: compiles programs of one setup, as they are asked for.
+"""`python -m xlinfer.commands.worker STORE CPUS`: compiles programs of one setup, as they are asked
+for; CPUS is how many CPU devices jax shall have.
 
 The setup comes as the first line of stdin, then a line for each program; a line of JSON goes out
 for each. XLA ends the process where it meets what it cannot do: so this one, and not the command.

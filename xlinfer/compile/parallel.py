@@ -16,9 +16,9 @@ from queue import Empty, SimpleQueue
 from tempfile import TemporaryFile
 from typing import Any, NamedTuple
 
+from xlinfer.compile import Key, title
 from xlinfer.progress import Progress
 
-Key = tuple[str, int]
 WORKER = "xlinfer.commands.worker"
 
 
@@ -103,8 +103,7 @@ class _Worker:
         self._errors.seek(0)
         said = [x.strip() for x in self._errors if x.strip()]
         errors = [x for x in said if "Error" in x] or said or ["it said nothing"]
-        name = "-".join(str(part) for part in key if part)
-        raise CompileError(f"program {name} was not compiled: {errors[-1][:600]}")
+        raise CompileError(f"program {title(key)} was not compiled: {errors[-1][:600]}")
 
     def _send(self, value: Any) -> None:
         assert self._process.stdin is not None

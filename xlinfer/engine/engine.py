@@ -15,7 +15,7 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from pallas_kernels.devices import Impl
+from pallas_kernels.devices import Impl, device_of_kind
 from xlinfer.compile import Executables, compile_all
 from xlinfer.compile.store import Store
 from xlinfer.deployment import Sizes, deploy, facts_of, paths_of
@@ -29,6 +29,7 @@ from xlinfer.mesh import device_of, make_mesh
 from xlinfer.plan import Plan
 from xlinfer.progress import Progress
 from xlinfer.request import EngineStats, InvalidRequest, Request, TokenOutput
+from xlinfer.target import CHIPS
 
 STEPS_IN_FLIGHT = 2  # one runs while the next is scheduled
 logger = logging.getLogger("xlinfer.engine")
@@ -241,5 +242,8 @@ def _mesh_of(params: tuple[jax.Array, ...]) -> Mesh:
 
 def _memory_of(device: Any) -> tuple[int, int]:
     """Bytes of `device`, and of those in use; a CPU's memory is not counted."""
-    facts = device.memory_stats() if device.platform != "cpu" else None
-    return (facts["bytes_limit"], facts["bytes_in_use"]) if facts else (0, 0)
+    if device.platform == "cpu":
+        return 0, 0
+    if facts := device.memory_stats():
+        return facts["bytes_limit"], facts["bytes_in_use"]
+    return CHIPS[device_of_kind(device.device_kind).name].memory_bytes, 0
