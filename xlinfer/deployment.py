@@ -231,9 +231,8 @@ def deploy(
 
 
 def temporary_bytes(facts: Facts, dtype: Any, tensor: int, *, rows: int, tokens: int) -> int:
-    """Of the program that takes most, estimated; XLA's own numbers are within a tenth of it
-    (docs/benchmarks)."""
-    return max(activation_bytes(facts, dtype, tensor, tokens), sampler_bytes(facts, rows))
+    """Of the program that takes most: an estimate. `./run bench plan_memory` holds it to XLA's."""
+    return max(activation_bytes(facts, dtype, tensor, tokens), sampler_bytes(facts, tensor, rows))
 
 
 def activation_bytes(facts: Facts, dtype: Any, tensor: int, tokens: int) -> int:
@@ -241,9 +240,10 @@ def activation_bytes(facts: Facts, dtype: Any, tensor: int, tokens: int) -> int:
     return tokens * jnp.dtype(dtype).itemsize * -(-facts.token_width // tensor)
 
 
-def sampler_bytes(facts: Facts, rows: int) -> int:
-    """Five float32 copies of its rows' logits, and a new count of every slot's output."""
-    return 4 * facts.vocab_size * (5 * rows + rows + 1)
+def sampler_bytes(facts: Facts, tensor: int, rows: int) -> int:
+    """Float32 copies of its rows' logits, and a new count of every slot's output. Of logits XLA
+    keeps 5 (H200) to 12 (v6e, 64 rows) at once; several devices share them."""
+    return 4 * facts.vocab_size * (-(-12 * rows // tensor) + rows + 1)
 
 
 def facts_of(model: Any) -> Facts:

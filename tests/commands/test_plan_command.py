@@ -82,7 +82,7 @@ def test_what_is_left_of_the_memory_is_pages(capsys):
     assert cache["sequences_of_max_model_len"] == (cache["pages"] - 1) // (8192 // 64)
     assert cache["longest_context_tokens"] == (cache["pages"] - 1) * 64
     assert memory["temporary_bytes"] == max(
-        2048 * BF16 * (2 * 14336 + 2 * 4096), 4 * 128256 * (6 * 128 + 1)
+        2048 * BF16 * (2 * 14336 + 2 * 4096), 4 * 128256 * (12 * 128 + 129)
     )
 
 

@@ -125,7 +125,7 @@ def _memory(planned: Planned) -> dict[str, Any]:
         "temporary_activation_bytes": activation_bytes(
             facts, spec.dtype, tensor, plan.max_num_batched_tokens
         ),
-        "temporary_sampler_bytes": sampler_bytes(facts, plan.max_num_seqs),
+        "temporary_sampler_bytes": sampler_bytes(facts, tensor, plan.max_num_seqs),
         "kv_cache_bytes": pages,
         "total_bytes": memory.fixed_bytes + pages,
         "allowed_bytes": planned.fit.allowed,
