@@ -105,7 +105,9 @@ def test_grad_of_the_reference_is_that_of_the_definition(keys, monkeypatch):
         np.testing.assert_allclose(g, w, atol=GRAD_ATOL * np.abs(w).max(), rtol=0)
 
 
-@pytest.mark.parametrize("device", [H200, V6E], ids=lambda d: d.name)
+@pytest.mark.parametrize(
+    "device", [pytest.param(H200, marks=pytest.mark.slow), V6E], ids=lambda d: d.name
+)
 def test_grad_of_a_kernel_is_that_of_the_reference(device, keys, monkeypatch):
     """Of q, k, v, sinks, slopes, past a traced window and lengths, which have none."""
     kernel = mosaic_gpu if device == H200 else mosaic_tpu

@@ -36,6 +36,8 @@ from tests.kernels.harness import GPU, check_case, once, plgpu_reset
 # bfloat16: the output's own rounding.
 ATOL = {jnp.float32: 1e-5, jnp.bfloat16: 2e-2}
 CPU, H200 = DEVICES["cpu"], DEVICES["h200"]
+# The CPU's path, which the engine's tests run on every commit too; each option once.
+FAST_CPU = ("decode_many", "mixed", "window", "softcap", "sinks", "alibi", "fp8")
 FAST = ("all_at_once",)  # interpreted on every commit: both kernels, 8-bit pages, every option
 by_name = lambda c: c.name
 
@@ -61,8 +63,7 @@ STATIC = ("scale", "softcap", "decode_only", "device", "impl", "interpret", "til
 def run(case: Case, args: tuple, **changes):
     arrays = arguments(case, args) | changes
     static = {name: arrays.pop(name) for name in STATIC if name in arrays}
-    compiled = once if static.get("interpret") else jax.jit
-    return compiled(partial(write_and_attend, **static))(**arrays)
+    return once(partial(write_and_attend, **static))(**arrays)
 
 
 def on_gpu(case: Case, args: tuple, **changes):
@@ -79,7 +80,11 @@ def on_gpu(case: Case, args: tuple, **changes):
     [jnp.float32, pytest.param(jnp.bfloat16, marks=pytest.mark.slow)],
     ids=lambda d: d.__name__,
 )
-@pytest.mark.parametrize("case", CPU_CASES, ids=by_name)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(c, marks=[] if c.name in FAST_CPU else [pytest.mark.slow]) for c in CPU_CASES],
+    ids=by_name,
+)
 def test_blocks_equal_the_definition(case, dtype, keys):
     case = case._replace(dtype=jnp.dtype(dtype))
     args = inputs(case, next(keys), "reference")
@@ -87,7 +92,7 @@ def test_blocks_equal_the_definition(case, dtype, keys):
     assert isinstance(pages, Pages)
     window, sinks, alibi, scales = args[-4:]
     definition = partial(reference.definition, scale=case.H**-0.5, softcap=case.softcap)
-    want = jax.jit(definition)(
+    want = once(definition)(
         args[0], *pages, args[4], *args[7], window=window, sinks_N=sinks, alibi_N=alibi,
         kv_scales=scales,
     )  # fmt: skip
@@ -176,6 +181,7 @@ def test_gpu_workers_take_chunks_of_many_rows(keys):
     assert not np.array_equal(got[0], other[0])
 
 
+@pytest.mark.slow
 def test_gpu_prefill_takes_other_tiles(keys):
     """Blocks of 64 keys through a ring of two, where the kernel's own choice is 128."""
     case = Case("", (70,), (150,), N=2, K=1, H=64, S=64, padding=1)

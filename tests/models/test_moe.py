@@ -162,7 +162,7 @@ def loop(moe: MoE, x_BTD):
     return y_TD[None]
 
 
-@pytest.mark.parametrize("devices", [1, 4])
+@pytest.mark.parametrize("devices", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_gradients_are_those_of_the_loop(devices, keys):
     x_BTD, to_BTD = jax.random.normal(next(keys), (2, 1, 9, 32))
 
@@ -184,6 +184,7 @@ def test_vmap_applies(keys):
     np.testing.assert_allclose(got, each, atol=ATOL["same"], rtol=0)
 
 
+@pytest.mark.slow
 def test_the_whole_model_may_be_differentiated():
     model = load_model(GOLDENS / "qwen3-moe")
     tokens_BT = jnp.arange(12)[None]

@@ -156,6 +156,7 @@ def test_the_forward_is_dense_attentions(kinds, devices, tokens_BT, tmp_path):
     np.testing.assert_allclose(got, want, atol=ATOL["same"], rtol=0)
 
 
+@pytest.mark.slow
 def test_the_gradient_is_dense_attentions(tokens_BT, tmp_path):
     folder = sliding(tmp_path, "sliding", "full")
 

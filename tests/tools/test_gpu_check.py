@@ -357,6 +357,7 @@ def test_a_dry_run_of_one_op(tmp_path):
     assert not (ROOT / "pallas_kernels" / "int8_matmul" / "tuned" / "cpu.json").exists()
 
 
+@pytest.mark.slow
 def test_an_artifact_starts_without_compiling_and_gives_the_same_tokens(tmp_path):
     document = dry_run(tmp_path, "--part=artifact")
     records = document["records"]
