@@ -7,9 +7,9 @@ they are at hand, outside of jit: `check_below`.
 from collections.abc import Collection, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 
 def check_rank(name: str, x: Any, rank: int) -> None:
@@ -40,7 +40,7 @@ def check_one_of(name: str, value: Any, allowed: Collection[Any]) -> None:
 
 def check_below(name: str, x: Any, limit: int, *, why: str) -> None:
     """Indices in 0 to limit - 1; what is being traced has no contents yet, and passes."""
-    if isinstance(x, jax.core.Tracer):
+    if isinstance(x, Tracer):
         return
     values = np.asarray(x)
     wrong = values[(values < 0) | (values >= limit)]
