@@ -153,6 +153,10 @@ def layout(case: Case) -> Layout:
 
 def inputs(case: Case, key: jax.Array, impl: Impl) -> tuple:
     """(q, q's rope part, latent, rope, pages, layer, page_T, slot_T, ragged, kv_scale)."""
+    return jax.jit(_inputs, static_argnums=(0, 2))(case, key, impl)
+
+
+def _inputs(case: Case, key: jax.Array, impl: Impl) -> tuple:
     where = layout(case)
     kv_dtype = case.kv_dtype or case.dtype
     T, (P, S), D = len(where.page_T), where.readable_PS.shape, case.C + case.H
