@@ -12,7 +12,7 @@ import pytest
 
 from xlinfer import LLM, PlanError, SamplingParams
 from xlinfer.commands.compile import main
-from xlinfer.compile.artifact import ArtifactError
+from xlinfer.compile.artifact import ArtifactError, own_digest
 from xlinfer.inspect import main as inspect
 from xlinfer.serve.build import DEMO_MODEL
 
@@ -51,8 +51,10 @@ def answers(llm: LLM) -> list:
 
 
 def edit(folder: Path, **changes) -> None:
+    """As another xlinfer would have written it."""
     file = folder / "compiled.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    manifest = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps(manifest | {"sha256": own_digest(manifest)}))
 
 
 def test_nothing_is_traced_or_compiled_and_the_bits_are_the_same(written):
@@ -134,6 +136,15 @@ def test_a_flipped_bit_of_the_weights_is_refused(copy):
     data[len(data) // 2] ^= 128
     largest.write_bytes(data)
     with pytest.raises(ArtifactError, match=r"damaged: parameters/.* is not what was written"):
+        LLM(artifact=copy)
+
+
+def test_a_manifest_that_says_something_else_is_refused(copy):
+    file = copy / "compiled.json"
+    text = file.read_text()
+    assert '"max_num_seqs": 4' in text
+    file.write_text(text.replace('"max_num_seqs": 4', '"max_num_seqs": 5'))
+    with pytest.raises(ArtifactError, match=r"compiled.json is damaged: it is not what"):
         LLM(artifact=copy)
 
 

@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from xlinfer.compile.executable import ExecutableError, Stored, load, serialize
 from xlinfer.compile.parallel import CompileError, compile_in_parallel
-from xlinfer.compile.store import Store, facts_of
+from xlinfer.compile.store import Store, origin_of
 from xlinfer.compile.trees import decode_tree, encode_tree
 from xlinfer.mesh import make_mesh
 from xlinfer.sampling import Logprobs, empty_slots
@@ -69,26 +69,26 @@ def test_damaged_or_foreign_code_is_refused():
 def test_what_missed_is_said(tmp_path):
     mesh, kept = make_mesh(1), Store(tmp_path)
     lowered, args = program(mesh, 1.0)
-    facts = facts_of(lowered, mesh, {})
-    assert kept.get(facts) is None
-    assert kept.why_missed("p", facts) == "it was never compiled here"
-    kept.put("p", facts, serialize(lowered.compile(), args, (1,)))
-    found = kept.get(facts)
+    origin = origin_of(lowered, mesh, {})
+    assert kept.get(origin) is None
+    assert kept.why_missed("p", origin) == "it was never compiled here"
+    kept.put("p", origin, serialize(lowered.compile(), args, (1,)))
+    found = kept.get(origin)
     assert found is not None and call(load(found, mesh), args)
 
-    other = facts_of(program(mesh, 3.0)[0], mesh, {})
+    other = origin_of(program(mesh, 3.0)[0], mesh, {})
     assert kept.get(other) is None and "the program is another" in kept.why_missed("p", other)
-    older = dataclasses.replace(facts, versions={**facts.versions, "jaxlib": "0.0"})
+    older = dataclasses.replace(origin, versions={**origin.versions, "jaxlib": "0.0"})
     assert kept.get(older) is None
-    was = facts.versions["jaxlib"]
+    was = origin.versions["jaxlib"]
     assert kept.why_missed("p", older) == f"jaxlib was {was}, is 0.0"
-    tuned = facts_of(lowered, mesh, {"xla_backend_optimization_level": 1})
+    tuned = origin_of(lowered, mesh, {"xla_backend_optimization_level": 1})
     assert "options was {}, is {'xla_backend" in kept.why_missed("p", tuned)
 
-    code = tmp_path / "programs" / f"{facts.key}.xla"
+    code = tmp_path / "programs" / f"{origin.key}.xla"
     code.write_bytes(code.read_bytes()[:-1])
-    assert kept.get(facts) is None
-    assert kept.why_missed("p", facts) == "its files were missing or damaged"
+    assert kept.get(origin) is None
+    assert kept.why_missed("p", origin) == "its files were missing or damaged"
 
 
 def test_trees():

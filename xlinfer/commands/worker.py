@@ -14,7 +14,7 @@ import jax
 
 from xlinfer.compile import Key, label, lower_job, options_for
 from xlinfer.compile.executable import serialize
-from xlinfer.compile.store import Store, facts_of
+from xlinfer.compile.store import Store, origin_of
 from xlinfer.cost import cost_of
 from xlinfer.deployment import Deployment, Job
 from xlinfer.setup import Setup, deployment_for
@@ -25,8 +25,8 @@ def compile_one(key: Key, job: Job, deployment: Deployment, kept: Store) -> dict
     started = time.perf_counter()
     options = options_for(deployment.programs.device)
     lowered = lower_job(job, deployment)
-    facts = facts_of(lowered, deployment.programs.mesh, options)
-    found, hit = kept.get(facts), True
+    origin = origin_of(lowered, deployment.programs.mesh, options)
+    found, hit = kept.get(origin), True
     if found is None:
         hit, compiled = False, lowered.compile(options)
         found = serialize(compiled, job.args, job.donated)
@@ -40,10 +40,10 @@ def compile_one(key: Key, job: Job, deployment: Deployment, kept: Store) -> dict
             "code": memory.generated_code_size_in_bytes,
         }
         found.description["cost"] = {"flops": dict(cost.flops), "bytes": cost.bytes}
-        kept.put(label(key, deployment), facts, found)
+        kept.put(label(key, deployment), origin, found)
     return {
         "program": list(key),
-        "digest": facts.key,
+        "digest": origin.key,
         "hit": hit,
         "seconds": round(time.perf_counter() - started, 3),
     }

@@ -16,7 +16,7 @@ from jax.stages import Compiled, Lowered
 
 from pallas_kernels.devices import Device
 from xlinfer.compile.executable import ExecutableError, load, serialize
-from xlinfer.compile.store import Facts, Store, facts_of
+from xlinfer.compile.store import Origin, Store, origin_of
 from xlinfer.deployment import Deployment, Job
 from xlinfer.progress import Progress
 from xlinfer.topology import lower
@@ -100,23 +100,23 @@ def _ready(
     options = options_for(deployment.programs.device)
     if kept is None:
         return lowered.compile(options)
-    facts = facts_of(lowered, deployment.programs.mesh, options)
+    origin = origin_of(lowered, deployment.programs.mesh, options)
     name, why = label(key, deployment), None
-    if (found := kept.get(facts)) is not None:
+    if (found := kept.get(origin)) is not None:
         try:
             compiled = load(found, deployment.programs.mesh)
             say(f"program {title(key)}: hit")
             return compiled
         except ExecutableError as error:
             why = str(error)
-    say(f"program {title(key)}: miss, {why or kept.why_missed(name, facts)}")
+    say(f"program {title(key)}: miss, {why or kept.why_missed(name, origin)}")
     with enable_compilation_cache(False):  # it is kept here, and not by jax too
         compiled = lowered.compile(options)
-    kept.put(name, facts, serialize(compiled, job.args, job.donated))
+    kept.put(name, origin, serialize(compiled, job.args, job.donated))
     return compiled
 
 
 def label(key: Key, deployment: Deployment) -> str:
     """What a program is called from one version of it to the next: same model, same bucket."""
     shapes = [(p.shape, p.dtype.name) for p in deployment.params]
-    return f"{title(key)}-{Facts.digest(shapes)[:16]}"
+    return f"{title(key)}-{Origin.digest(shapes)[:16]}"

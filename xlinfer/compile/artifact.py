@@ -38,7 +38,7 @@ FORMAT = 1
 
 
 class ArtifactError(ValueError):
-    """No artifact, a damaged one, or one for something else. `mend` is what the user can do."""
+    """No artifact, a damaged one, or one for something else; the message says what mends it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +111,14 @@ def seal(draft: Path, manifest: dict[str, Any]) -> None:
         for p, digest in zip(files, digests, strict=True)
     }
     manifest["has_weights"] = (draft / PARAMETERS).is_dir()
+    manifest["sha256"] = own_digest(manifest)
     (draft / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+
+
+def own_digest(manifest: Mapping[str, Any]) -> str:
+    """Of all that a manifest says, but for this digest."""
+    said = {name: value for name, value in manifest.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def file_digest(path: Path) -> str:
@@ -131,20 +138,26 @@ def read_manifest(directory: str | Path) -> tuple[Path, dict[str, Any]]:
         )
     check_private(path, "artifact")
     check_private(file, "artifact")
+    manifest: dict[str, Any] = {}
     try:
         manifest = json.loads(file.read_bytes())
+        whole = manifest["sha256"] == own_digest(manifest)
         wrong = manifest["format"] != FORMAT
     except (ValueError, KeyError, TypeError):
-        raise ArtifactError(f"{file} is damaged: it is not the JSON that was written") from None
+        whole = wrong = False
+    if not whole:
+        raise ArtifactError(
+            f"{file} is damaged: it is not what was written. Copy or compile it again."
+        )
     if wrong:
         raise ArtifactError(
             f"{file} is of format {manifest['format']}; this xlinfer reads {FORMAT}. "
-            f"{compile_again(manifest, path)}"
+            f"{compile_again(manifest)}"
         )
     return path, manifest
 
 
-def compile_again(manifest: Mapping[str, Any], path: Path) -> str:
+def compile_again(manifest: Mapping[str, Any]) -> str:
     """The command that mends a mismatch."""
     setup = manifest.get("setup", {})
     flags = [f"--target={setup.get('target', '...')}"]
@@ -171,7 +184,7 @@ def open_artifact(directory: str | Path, devices: Sequence[Any]) -> Opened:
         differences = list(_differences(manifest, devices))
         if differences:
             raise ArtifactError(
-                f"{path} does not fit: {'; '.join(differences)}. {compile_again(manifest, path)}"
+                f"{path} does not fit: {'; '.join(differences)}. {compile_again(manifest)}"
             )
         size = dict(manifest["mesh"])
         types = (jax.sharding.AxisType.Auto,) * len(size)
@@ -266,5 +279,5 @@ def _check_call(name: str, key: Sequence[Any], description: Mapping[str, Any], o
     if have != wanted:
         raise ArtifactError(
             f"program {name} was compiled by another xlinfer: it takes {have}, and is given "
-            f"{wanted}. {compile_again(opened.manifest, opened.path)}"
+            f"{wanted}. {compile_again(opened.manifest)}"
         )

@@ -32,7 +32,7 @@ FORMAT = 1  # of a program's description
 
 
 @dataclass(frozen=True, kw_only=True)
-class Facts:
+class Origin:
     """All that decides what comes out of a compile."""
 
     hlo: str  # digest of the program as it was lowered
@@ -51,10 +51,10 @@ class Facts:
         return self.digest(asdict(self))
 
 
-def facts_of(lowered: Lowered, mesh: Mesh, options: Mapping[str, Any]) -> Facts:
+def origin_of(lowered: Lowered, mesh: Mesh, options: Mapping[str, Any]) -> Origin:
     device = mesh.devices.flat[0]
     kind = device.device_kind
-    return Facts(
+    return Origin(
         hlo=hashlib.sha256(lowered.as_text().encode()).hexdigest(),
         versions=versions(device.platform),
         device=f"{kind} {host_kind()}" if device.platform == "cpu" else kind,
@@ -87,8 +87,8 @@ def host_kind() -> str:
 
 def check_private(path: Path, what: str) -> None:
     """Raise PlanError unless `path` is owned by the user or root and nobody else may write it."""
-    facts = path.stat()
-    if facts.st_uid not in (os.geteuid(), 0) or facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+    found = path.stat()
+    if found.st_uid not in (os.geteuid(), 0) or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise PlanError(
             f"The {what} {path} must be owned by you and writable by nobody else: what is in it "
             f"runs as you. Run `chmod go-w {path}`, or name another directory."
@@ -107,12 +107,12 @@ class Store:
             folder.mkdir(mode=0o700, exist_ok=True)
             check_private(folder, "compile cache")
 
-    def get(self, facts: Facts) -> Stored | None:
-        """What was put under `facts`. A damaged one counts as missing, and is made anew."""
-        return self.read(facts.key)
+    def get(self, origin: Origin) -> Stored | None:
+        """What was put under `origin`. A damaged one counts as missing, and is made anew."""
+        return self.read(origin.key)
 
     def read(self, digest: str) -> Stored | None:
-        """What was put under the facts of this digest."""
+        """What was put under the origin of this digest."""
         try:
             held = json.loads((self._programs / f"{digest}.json").read_bytes())
             code = (self._programs / f"{digest}.xla").read_bytes()
@@ -122,23 +122,23 @@ class Store:
             return None
         return Stored(description=held["description"], code=code)
 
-    def put(self, label: str, facts: Facts, stored: Stored) -> None:
+    def put(self, label: str, origin: Origin, stored: Stored) -> None:
         held = {
             "description": stored.description,
             "sha256": hashlib.sha256(stored.code).hexdigest(),
-            "facts": asdict(facts),
+            "origin": asdict(origin),
         }
-        write_whole(self._programs / f"{facts.key}.xla", stored.code)
-        write_whole(self._programs / f"{facts.key}.json", json.dumps(held).encode())
-        write_whole(self._latest / f"{label}.json", json.dumps(asdict(facts)).encode())
+        write_whole(self._programs / f"{origin.key}.xla", stored.code)
+        write_whole(self._programs / f"{origin.key}.json", json.dumps(held).encode())
+        write_whole(self._latest / f"{label}.json", json.dumps(asdict(origin)).encode())
 
-    def why_missed(self, label: str, facts: Facts) -> str:
+    def why_missed(self, label: str, origin: Origin) -> str:
         """What is different from the last time that the program of this label was compiled."""
         try:
             last = json.loads((self._latest / f"{label}.json").read_bytes())
         except (OSError, ValueError):
             return "it was never compiled here"
-        now, changed = asdict(facts), []
+        now, changed = asdict(origin), []
         for name, value in (last | {"versions": None}).items():
             if name not in ("hlo", "versions") and value != now.get(name):
                 changed.append(f"{name} was {value}, is {now.get(name)}")

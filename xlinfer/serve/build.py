@@ -181,7 +181,7 @@ def _check_asked(options: EngineOptions, manifest: Mapping[str, Any]) -> None:
     if wrong:
         raise ArtifactError(
             f"{options.artifact}: {'; '.join(wrong)}. Leave the option out, or compile another "
-            f"artifact. {compile_again(manifest, Path(str(options.artifact)))}"
+            f"artifact. {compile_again(manifest)}"
         )
 
 
