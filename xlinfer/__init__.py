@@ -4,6 +4,7 @@
 checkpoint as one. Names are imported when they are first used, so `import xlinfer` is cheap.
 """
 
+import os
 from importlib import import_module
 from typing import Any
 
@@ -23,6 +24,8 @@ _HOMES = {
 }
 __all__ = sorted(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]
 __version__ = "0.1.0"
+# Where the server and xlinfer.compile both keep compiled programs.
+COMPILE_CACHE_DIR = os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "xlinfer", "compile")
 
 
 def __getattr__(name: str) -> Any:

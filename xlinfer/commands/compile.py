@@ -17,6 +17,7 @@ import jax
 from absl import flags
 from flax import nnx
 
+import xlinfer
 from converters import CheckpointError
 from xlinfer.artifact import BESIDE
 from xlinfer.commands.flags import UsageError, define, help_text, parse, setup_of
@@ -45,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
         flag_values=values,
     )  # fmt: skip
     flags.DEFINE_string(
-        "compile_cache_dir", "~/.cache/xlinfer",
+        "compile_cache_dir", xlinfer.COMPILE_CACHE_DIR,
         "Where compiled programs are kept: an interrupted command goes on from there.",
         flag_values=values,
     )  # fmt: skip

@@ -1,11 +1,12 @@
 """The server's command line: vLLM's flag names. Dashes and underscores are the same."""
 
-import os
 import textwrap
 from collections.abc import Sequence
 from functools import partial
 
 from absl import flags
+
+import xlinfer
 
 # vLLM's name -> ours.
 ALIASES = {
@@ -108,7 +109,7 @@ def define() -> flags.FlagValues:
     switch("strict_fields", False, "Refuse request fields that no API defines.")
     text(
         "compile_cache_dir",
-        os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "xlinfer", "compile"),
+        xlinfer.COMPILE_CACHE_DIR,
         "Where compiled programs are kept for the next start; empty: nowhere.",
     )
     text(
