@@ -12,6 +12,7 @@ import pytest
 from tools.gpu_check import __main__ as gpu_check
 from tools.gpu_check import artifact, engine, runner, starts, summary
 from tools.gpu_check.job import Job
+from xlinfer.compile.artifact import own_digest
 
 ROOT = Path(__file__).parents[2]
 
@@ -158,7 +159,8 @@ def test_the_documented_command_is_the_one_that_fits():
 def test_a_refusal_is_a_result_with_its_reason(written, says, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(jax.monitoring, "register_event_duration_secs_listener", lambda f: None)
     if written is not None:
-        (tmp_path / "compiled.json").write_text(json.dumps(written))
+        sealed = written | {"sha256": own_digest(written)}
+        (tmp_path / "compiled.json").write_text(json.dumps(sealed))
     job = Job(
         part="artifact", ops=("artifact",), dry_run=True, deadline=0.0, ceilings={},
         started=time.monotonic(), artifact=str(tmp_path), scratch="",
