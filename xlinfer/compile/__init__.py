@@ -21,10 +21,21 @@ from xlinfer.deployment import Deployment, Job
 from xlinfer.progress import Progress
 from xlinfer.topology import lower
 
-COMPILER_OPTIONS: Mapping[str, Mapping[str, Any]] = {  # by device
+COMPILER_OPTIONS: Mapping[str, Mapping[str, Any]] = {  # by platform, then by device
     # A lower effort of LLVM's compiles a seventh faster and runs as fast: the time goes to XLA's
     # own products and to memory (docs/LOG.md).
     "cpu": {"xla_backend_optimization_level": 1},
+    "cuda": {
+        # Where no GPU is, XLA's own kernels get tiles of 8 x 16, whatever the product. cuBLASLt
+        # picks its kernel where it runs; and one that is not timed is the same at every start.
+        "xla_gpu_enable_triton_gemm": False,
+        "xla_gpu_autotune_level": 0,
+        # Products of one input are merged by writing their weights side by side, at every call.
+        "xla_gpu_dot_merger_threshold_mb": 0,
+        # Percent of the memory beyond which values are computed again. XLA counts the donated cache
+        # two more times and would do so always; what fits is xlinfer's plan to say.
+        "xla_gpu_memory_limit_slop_factor": 1000,
+    },
     # Arguments come in tiles of 8 x 128, and XLA wants 16 x 128 for what it multiplies in 16 bits:
     # it would copy all weights at every call (docs/LOG.md).
     "tpu7x": {"xla_tpu_control_large_2nd_minor_layout_for_x16": False},
@@ -61,10 +72,12 @@ def compile_all(
     """For the devices of the deployment's mesh, which are here.
 
     Lowering holds Python's lock and compiling does not, so one thread lowers while the others
-    compile. `progress("compile", done, total)` is called after each program. `say` hears a line
-    for each program that was looked for in `kept`: whether it was there, and why not.
+    compile. `progress("compile", done, total)` is called at first and after each program. `say`
+    hears a line for each program that was looked for in `kept`: whether it was there, and why not.
     """
     jobs = deployment.jobs()
+    if progress:
+        progress("compile", 0, len(jobs))
     workers = max(1, min(8, os.cpu_count() or 1))
     with ThreadPoolExecutor(workers, thread_name_prefix="xlinfer-compile") as pool:
         waiting = {}
@@ -91,7 +104,8 @@ def lower_job(job: Job, deployment: Deployment) -> Lowered:
 
 def options_for(device: Device) -> dict[str, Any]:
     """Of XLA's compiler."""
-    return dict(COMPILER_OPTIONS.get(device.name, {}))
+    of = lambda name: COMPILER_OPTIONS.get(name, {})
+    return {**of(device.platform), **of(device.name)}
 
 
 def _ready(

@@ -47,6 +47,8 @@ def compile_in_parallel(
     for key in keys:
         waiting.put(key)
     done: dict[Key, Compiled] = {}
+    if progress:
+        progress("compile", 0, len(keys))
 
     def work() -> None:
         worker = _Worker(setup, directory, cpu_devices)
