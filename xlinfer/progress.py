@@ -1,6 +1,7 @@
 """What a long start-up shows: `progress(phase, done, total)`, called as work completes.
 
-Phases are "load" (bytes of weights) and "compile" (programs). Any callable of that shape will do;
+Phases are "load" (bytes of weights) and "compile" (programs); the first call of each says 0 of
+the total, so that its time is counted from the start. Any callable of that shape will do;
 `show_progress()` is the one for people.
 """
 
@@ -31,11 +32,12 @@ def show_progress(stream: TextIO | None = None) -> Iterator[Progress]:
         return
     # Only terminals pay for importing rich.
     from rich.console import Console
-    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars
 
     columns = TextColumn("{task.description:<16}"), BarColumn(), TextColumn("{task.fields[count]}")
-    with Bars(*columns, TimeElapsedColumn(), console=Console(file=stream)) as bars:
+    times = TimeElapsedColumn(), TimeRemainingColumn()
+    with Bars(*columns, *times, console=Console(file=stream)) as bars:
         tasks = {}
 
         def show(phase: str, done: int, total: int) -> None:
@@ -47,7 +49,8 @@ def show_progress(stream: TextIO | None = None) -> Iterator[Progress]:
 
 
 def plain_progress(stream: TextIO) -> Progress:
-    """One line when a phase starts, at each tenth of it, and when it ends with its seconds."""
+    """One line when a phase starts, at each tenth of it with the time left, and when it ends with
+    its seconds."""
     tenths, started = {}, {}
 
     def show(phase: str, done: int, total: int) -> None:
@@ -56,8 +59,12 @@ def plain_progress(stream: TextIO) -> Progress:
             return
         tenths[phase] = tenth
         started.setdefault(phase, monotonic())
-        seconds = f" in {monotonic() - started[phase]:.1f} s" if tenth == 10 else ""
-        print(f"{_title(phase)}: {_count(phase, done, total)}{seconds}", file=stream, flush=True)
+        seconds = monotonic() - started[phase]
+        if tenth == 10:
+            times = f" in {seconds:.1f} s"
+        else:
+            times = f", {seconds * (total - done) / done:.0f} s left" if done else ""
+        print(f"{_title(phase)}: {_count(phase, done, total)}{times}", file=stream, flush=True)
 
     return show
 

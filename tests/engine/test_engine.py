@@ -1,5 +1,6 @@
 """The engine against transformers' greedy tokens, and against itself under every kind of load."""
 
+import gc
 from pathlib import Path
 
 import jax
@@ -320,3 +321,15 @@ def test_a_compile_cache_others_could_write_to_is_refused(tmp_path):
         Store(shared)
     Store(own)
     assert own.stat().st_mode & 0o777 == 0o700
+
+
+def test_no_step_outlives_the_engine(model):
+    """One that ends after the interpreter has ended aborts the process."""
+    engine = Engine(model, max_num_seqs=2, max_num_batched_tokens=32, max_model_len=64)
+    engine.add_request(request(0, [1, 2, 3], SamplingParams(temperature=0, max_tokens=40)))
+    engine.step()
+    in_flight = engine._in_flight
+    assert in_flight
+    del engine
+    gc.collect()
+    assert not in_flight

@@ -5,6 +5,7 @@ which the device finished meanwhile.
 """
 
 import logging
+import weakref
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -140,6 +141,9 @@ class Engine:
         )
         self._sequences: dict[str, Sequence] = {}  # unfinished, by request id
         self._in_flight: deque[InFlight] = deque()
+        # At exit too: what a step gives, jax hands over by calling the interpreter, and the process
+        # aborts where that has ended.
+        weakref.finalize(self, _finish, self._in_flight)
         self._outputs = Outputs()
         self._arrivals = count()
 
@@ -231,6 +235,11 @@ class Engine:
         for seq in self._outputs.receive(done, self._scheduler):
             self._scheduler.finish(seq)
             del self._sequences[seq.request.request_id]
+
+
+def _finish(in_flight: deque[InFlight]) -> None:
+    while in_flight:
+        in_flight.popleft().fetch()
 
 
 def _mesh_of(params: tuple[jax.Array, ...]) -> Mesh:

@@ -45,6 +45,9 @@ class Runner:
     ):
         self.params = params
         self._run, self._plan, self._vocab_size = executables, plan, vocab_size
+        # On CPU the host reads results where they lie. The copy would have jax call the interpreter
+        # from a thread of its own, which aborts a process that is ending.
+        self._copies = mesh.devices.flat[0].platform != "cpu"
         self._kv: Cache = executables.allocate()
         whole = NamedSharding(mesh, PartitionSpec())
         self._slots = jax.device_put(empty_slots(plan.max_num_seqs + 1, vocab_size), whole)
@@ -82,8 +85,9 @@ class Runner:
         return self._in_flight(step, _asked(sampled, x.wanted), None)
 
     def _in_flight(self, step, sampled, scores) -> InFlight:
-        for array in jax.tree.leaves((sampled, scores)):
-            array.copy_to_host_async()
+        if self._copies:
+            for array in jax.tree.leaves((sampled, scores)):
+                array.copy_to_host_async()
         return InFlight(step=step, sampled=sampled, scores=scores)
 
     def _admit(self, seq: Sequence) -> None:
