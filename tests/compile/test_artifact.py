@@ -130,6 +130,14 @@ def test_a_flipped_bit_is_refused(copy, name):
         LLM(artifact=copy)
 
 
+def test_a_program_without_a_digest_is_refused(copy):
+    files = json.loads((copy / "compiled.json").read_text())["files"]
+    del files["programs/sample.xla"]
+    edit(copy, files=files)
+    with pytest.raises(ArtifactError, match="no digest of programs/sample.xla"):
+        LLM(artifact=copy)
+
+
 def test_a_flipped_bit_of_the_weights_is_refused(copy):
     largest = max((copy / "parameters").rglob("*"), key=lambda p: p.stat().st_size * p.is_file())
     data = bytearray(largest.read_bytes())

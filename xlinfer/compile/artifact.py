@@ -12,7 +12,7 @@ in it is a pickle; but its programs are code, so it is opened only where nobody 
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -193,7 +193,7 @@ def open_artifact(directory: str | Path, devices: Sequence[Any]) -> Opened:
         given = dict(manifest["plan"])
         for name in ("token_buckets", "decode_buckets"):
             given[name] = tuple(given[name])
-        _check_files(path, manifest["files"])
+        _check_files(path, manifest["files"], manifest["programs"])
         return Opened(
             path=path,
             manifest=manifest,
@@ -222,8 +222,13 @@ def _differences(manifest: Mapping[str, Any], devices: Sequence[Any]):
         yield "it was compiled for a CPU with other instructions than this one"
 
 
-def _check_files(path: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
-    """Every file is there, nobody else's, and to the bit what was written."""
+def _check_files(
+    path: Path, files: Mapping[str, Mapping[str, Any]], programs: Iterable[str]
+) -> None:
+    """Every file is there, nobody else's, and to the bit what was written; programs are files."""
+    read = (f"{PROGRAMS}/{name}.{kind}" for name in programs for kind in ("json", "xla"))
+    if unknown := [name for name in read if name not in files]:
+        raise ArtifactError(f"{path / MANIFEST} is damaged: it has no digest of {unknown[0]}")
 
     def check(item: tuple[str, Mapping[str, Any]]) -> str | None:
         name, want = item
