@@ -1,4 +1,4 @@
-"""The artifact gives back the same bits, and refuses what it cannot vouch for."""
+"""A converted checkpoint gives back the same bits, and refuses what it cannot vouch for."""
 
 import json
 import os
@@ -14,8 +14,8 @@ import pytest
 from converters import CheckpointError, open_checkpoint
 from tests.checkpoints import GOLDENS, config, tensors, write
 from tests.test_weights import parameters
-from xlinfer.artifact import save_artifact
 from xlinfer.convert import main
+from xlinfer.converted import save_converted
 from xlinfer.mesh import make_mesh
 from xlinfer.weights import load_model, stored_dtype
 
@@ -42,45 +42,45 @@ def source(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def artifact(source, tmp_path_factory):
-    directory = tmp_path_factory.mktemp("out") / "deep" / "artifact"
+def converted(source, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("out") / "deep" / "converted"
     assert run(f"--model={source}", f"--output={directory}") == 0
     return directory
 
 
 @pytest.fixture
-def damaged(artifact, tmp_path):
-    """A copy of the artifact to spoil."""
-    return shutil.copytree(artifact, tmp_path / "artifact")
+def damaged(converted, tmp_path):
+    """A copy of the converted to spoil."""
+    return shutil.copytree(converted, tmp_path / "converted")
 
 
-def test_the_round_trip_is_bit_equal(source, artifact):
+def test_the_round_trip_is_bit_equal(source, converted):
     want = parameters(load_model(source, dtype="bfloat16"))
-    got = parameters(load_model(artifact, dtype="bfloat16"))
+    got = parameters(load_model(converted, dtype="bfloat16"))
     assert got.keys() == want.keys()
     for name, array in want.items():
         assert got[name].dtype == ml_dtypes.bfloat16
         assert got[name].tobytes() == array.tobytes(), name
-    assert stored_dtype(open_checkpoint(artifact)) == ml_dtypes.bfloat16
+    assert stored_dtype(open_checkpoint(converted)) == ml_dtypes.bfloat16
 
 
-def test_an_artifact_is_a_checkpoint_with_all_its_files(source, artifact):
-    a, b = open_checkpoint(artifact), open_checkpoint(source)
+def test_a_converted_one_is_a_checkpoint_with_all_its_files(source, converted):
+    a, b = open_checkpoint(converted), open_checkpoint(source)
     assert a.config == b.config and a.generation == b.generation
     for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json"):
-        assert (artifact / name).read_bytes() == (source / name).read_bytes()
-    assert not (artifact / "pytorch_model.bin").exists()
-    assert os.listdir(artifact.parent) == ["artifact"]  # no draft stays behind
-    manifest = json.loads((artifact / "xlinfer.json").read_text())
+        assert (converted / name).read_bytes() == (source / name).read_bytes()
+    assert not (converted / "pytorch_model.bin").exists()
+    assert os.listdir(converted.parent) == ["converted"]  # no draft stays behind
+    manifest = json.loads((converted / "xlinfer.json").read_text())
     assert manifest["format_version"] == 2 and manifest["dtype"] == "bfloat16"
     assert len(manifest["source_sha256"]["model.safetensors"]) == 64
     assert manifest["parameters"]["embed_VD"] == {"shape": [64, 16], "dtype": "bfloat16"}
 
 
 @pytest.mark.parametrize("devices", [1, 2, 4])
-def test_an_artifact_loads_onto_any_mesh(source, artifact, devices):
+def test_a_converted_one_loads_onto_any_mesh(source, converted, devices):
     mesh = make_mesh(devices)
-    want, got = load_model(source, mesh=mesh), load_model(artifact, mesh=mesh)
+    want, got = load_model(source, mesh=mesh), load_model(converted, mesh=mesh)
     assert got.cfg == want.cfg
     a, b = parameters(got), parameters(want)
     for name, array in b.items():
@@ -93,7 +93,7 @@ def test_an_artifact_loads_onto_any_mesh(source, artifact, devices):
 
 
 @pytest.mark.parametrize("devices", [1, 4])
-def test_experts_come_back_from_an_artifact(devices, tmp_path):
+def test_experts_come_back_from_a_converted_one(devices, tmp_path):
     cfg = config("qwen2_moe")
     source = write(tmp_path / "source", cfg, tensors(cfg, ml_dtypes.bfloat16))
     assert run(f"--model={source}", f"--output={tmp_path / 'out'}") == 0
@@ -113,9 +113,9 @@ def test_dtype_flag_and_report(source, tmp_path, capsys):
     assert capsys.readouterr().out == line
 
 
-def test_progress_counts_bytes(artifact):
+def test_progress_counts_bytes(converted):
     seen = []
-    load_model(artifact, progress=lambda *at: seen.append(at))
+    load_model(converted, progress=lambda *at: seen.append(at))
     assert seen[0][:2] == ("load", 0) and seen[-1][1] == seen[-1][2] > 0
 
 
@@ -127,11 +127,11 @@ def fails(capsys, code, *flags):
     return err
 
 
-def test_one_line_for_what_cannot_be_converted(source, artifact, tmp_path, capsys):
+def test_one_line_for_what_cannot_be_converted(source, converted, tmp_path, capsys):
     out = f"--output={tmp_path / 'out'}"
     assert "there is no folder" in fails(capsys, 1, "--model=/no/such", out)
     assert "hf download" in fails(capsys, 1, "--model=some/model", out)
-    assert "artifact already" in fails(capsys, 1, f"--model={artifact}", out)
+    assert "converted already" in fails(capsys, 1, f"--model={converted}", out)
     full = tmp_path / "full"
     full.mkdir()
     (full / "x").write_text("")
@@ -182,7 +182,7 @@ def test_other_versions_are_refused(damaged):
         load_model(damaged)
 
 
-def test_damaged_artifacts_are_refused(damaged):
+def test_damaged_ones_are_refused(damaged):
     path = damaged / "xlinfer.json"
     manifest = json.loads(path.read_text())
     for change in ({"parameters": None}, {"parameters": {"x": 1}}, {"dtype": 3}):
@@ -210,10 +210,10 @@ def test_a_folder_that_all_may_write_is_refused(damaged):
 def test_a_model_with_repeated_kv_heads_is_not_saved(source, tmp_path):
     model = load_model(source, mesh=make_mesh(4))
     with pytest.raises(CheckpointError, match="without repeated kv heads"):
-        save_artifact(model, source, tmp_path / "out")
+        save_converted(model, source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_a_model_of_another_checkpoint_is_not_saved(source, tmp_path):
     with pytest.raises(CheckpointError, match="config is not that of"):
-        save_artifact(load_model(GOLDENS / "llama"), source, tmp_path / "out")
+        save_converted(load_model(GOLDENS / "llama"), source, tmp_path / "out")

@@ -1,4 +1,4 @@
-"""python -m xlinfer.convert --model=SRC --output=DIR: a checkpoint, once, into an artifact.
+"""python -m xlinfer.convert --model=SRC --output=DIR: a checkpoint, once, into Orbax.
 
 The weights keep the checkpoint's dtype unless --dtype says otherwise. It runs on the CPU, with
 host memory for the whole model.
@@ -13,7 +13,7 @@ import jax
 from absl import flags
 
 from converters import open_checkpoint
-from xlinfer.artifact import Manifest, refuse_output, save_artifact
+from xlinfer.converted import Manifest, refuse_output, save_converted
 from xlinfer.mesh import make_mesh
 from xlinfer.progress import show_progress
 from xlinfer.weights import DTYPES, load_model, stored_dtype
@@ -22,14 +22,14 @@ FAILED, MISUSED = 1, 2  # exit codes
 
 
 def convert(model: str, output: str, dtype: str) -> Manifest:
-    """Write the checkpoint `model` as an artifact into the new directory `output`."""
+    """Write the checkpoint `model`, converted, into the new directory `output`."""
     checkpoint = open_checkpoint(model)
     refuse_output(checkpoint.path, Path(output).expanduser())
     kept = stored_dtype(checkpoint) if dtype == "auto" else dtype
     with show_progress() as progress:
         cpu = make_mesh(1, jax.devices("cpu"))
         loaded = load_model(checkpoint.path, dtype=kept, mesh=cpu, progress=progress)
-    return save_artifact(loaded, checkpoint.path, output)
+    return save_converted(loaded, checkpoint.path, output)
 
 
 def parse(argv: Sequence[str]) -> flags.FlagValues:

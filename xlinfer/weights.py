@@ -1,4 +1,4 @@
-"""Checkpoint or artifact -> a Transformer whose parameters lie where the mesh wants them.
+"""Checkpoint, converted or not -> a Transformer whose parameters lie where the mesh wants them.
 
 Tensors are read in file order, moved as they are, and cast, transposed and written into their
 place on the device, in place: the peak is the model, one tensor and what is in flight.
@@ -18,8 +18,8 @@ from jax.sharding import Mesh, NamedSharding
 
 from converters import Checkpoint, Layout, Rule, Step, open_checkpoint, parameter_rules, read_tensor
 from pallas_kernels.devices import Device
-from xlinfer.artifact import is_artifact, read_manifest, read_parameters
 from xlinfer.config import ModelConfig
+from xlinfer.converted import is_converted, read_manifest, read_parameters
 from xlinfer.mesh import TENSOR, device_of, make_mesh, replicate_kv_heads, sharding
 from xlinfer.models import Transformer
 from xlinfer.progress import Progress
@@ -80,7 +80,7 @@ def load_model(
     axes = {path: _axes(param, path) for path, param in flat}
     targets = {path: param.get_value() for path, param in flat}
     replicas = config.num_kv_heads // checkpoint.config.num_kv_heads
-    if is_artifact(checkpoint.path):
+    if is_converted(checkpoint.path):
         kv_axis = {
             path: names.index("kv_heads") for path, names in axes.items() if "kv_heads" in names
         }
@@ -108,7 +108,7 @@ def abstract_model(config: ModelConfig, dtype: Any, mesh: Mesh, device: Device) 
 
 def stored_dtype(checkpoint: Checkpoint) -> np.dtype:
     """The dtype that most of the checkpoint's bytes have; float32 for float64."""
-    if is_artifact(checkpoint.path):
+    if is_converted(checkpoint.path):
         return _named(read_manifest(checkpoint.path).dtype)
     sizes = Counter[np.dtype]()
     for step in checkpoint.schedule():
@@ -229,7 +229,7 @@ def _restore(
     replicas: int,
     progress: Progress,
 ) -> dict[tuple, jax.Array]:
-    """The artifact's arrays, cast and placed. Where kv heads are to be repeated, the `heads` that
+    """The converted arrays, cast and placed. Where kv heads are to be repeated, the `heads` that
     it has are read whole first."""
     repeated = dict(kv_axis) if replicas > 1 else {}
     asked = dict(targets)

@@ -1,15 +1,13 @@
-"""The flags that commands share are the server's, in name and word."""
+"""The command line of plan and compile, and what comes of it."""
 
 import pytest
 from absl import flags
 
-from xlinfer.commands.flags import ALIASES, UsageError, define, parse, setup_of, wish_of
+from xlinfer.commands.flags import define, parse, setup_of, wish_of
 from xlinfer.deployment import Sizes
-from xlinfer.serve import flags as server
+from xlinfer.flags import UsageError
 from xlinfer.serve.build import DEMO_MODEL
 from xlinfer.setup import deployment_for, deployment_of, find_target, shapes_for
-
-OWN = {"help", "h", "model", "target", "tensor_parallel_size"}
 
 
 def values_of(*argv: str) -> flags.FlagValues:
@@ -17,16 +15,6 @@ def values_of(*argv: str) -> flags.FlagValues:
     define(values)
     parse(values, ["command", *argv])
     return values
-
-
-def test_a_shared_flag_is_the_servers():
-    ours, theirs = values_of(), server.define()
-    shared = set(ours) - OWN
-    assert shared <= set(theirs)
-    for name in shared:
-        assert ours[name].help == theirs[name].help, name
-        assert ours[name].default == theirs[name].default, name
-    assert ALIASES.items() <= server.ALIASES.items()
 
 
 def test_dashes_are_underscores_and_aliases_are_known():

@@ -134,7 +134,7 @@ def test_a_program_without_a_digest_is_refused(copy):
     files = json.loads((copy / "compiled.json").read_text())["files"]
     del files["programs/sample.xla"]
     edit(copy, files=files)
-    with pytest.raises(ArtifactError, match="no digest of programs/sample.xla"):
+    with pytest.raises(ArtifactError, match=r"no digest of programs/sample\.xla"):
         LLM(artifact=copy)
 
 

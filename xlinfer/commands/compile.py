@@ -19,14 +19,15 @@ from flax import nnx
 
 import xlinfer
 from converters import CheckpointError
-from xlinfer.artifact import BESIDE
-from xlinfer.commands.flags import UsageError, define, help_text, parse, setup_of
+from xlinfer.commands.flags import define, help_text, parse, setup_of
 from xlinfer.compile import Key, title
 from xlinfer.compile.artifact import MANIFEST, PARAMETERS, describe, seal, write_programs
 from xlinfer.compile.parallel import Compiled, CompileError, compile_in_parallel
 from xlinfer.compile.parameters import write_parameters
 from xlinfer.compile.store import Store, check_private
+from xlinfer.converted import BESIDE
 from xlinfer.deployment import Deployment, paths_of
+from xlinfer.flags import UsageError
 from xlinfer.mesh import device_of, make_mesh
 from xlinfer.progress import Progress, show_progress
 from xlinfer.quant import quantize_model

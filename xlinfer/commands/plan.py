@@ -15,10 +15,11 @@ import jax
 from absl import flags
 
 from xlinfer.commands.changes import changes_for
-from xlinfer.commands.flags import UsageError, define, help_text, parse, wish_of
+from xlinfer.commands.flags import define, help_text, parse, wish_of
 from xlinfer.commands.plan_report import report
 from xlinfer.commands.plan_text import as_text
 from xlinfer.commands.sizing import CONTEXT, plan_for
+from xlinfer.flags import UsageError
 
 FAILED, MISUSED = 1, 2  # exit codes
 

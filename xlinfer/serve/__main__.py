@@ -12,9 +12,10 @@ from pathlib import Path
 
 from absl import flags
 
+from xlinfer.flags import UsageError
 from xlinfer.progress import show_progress
 from xlinfer.serve.build import DEMO_MODEL, DEMO_NAME, Built, EngineOptions, build
-from xlinfer.serve.flags import UsageError, help_text, parse
+from xlinfer.serve.flags import help_text, parse
 from xlinfer.serve.lifecycle import end, listen, new_server, run
 from xlinfer.serve.server import ServerOptions
 

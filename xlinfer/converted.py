@@ -1,4 +1,4 @@
-"""The artifact: a model's parameters as Orbax writes them, beside its config and tokenizer.
+"""A converted checkpoint: parameters as Orbax writes them, beside the config and tokenizer.
 
 Reading one back needs no transposes and gives the same bits. Orbax is imported where it is used,
 because importing it takes longer than loading a small model.
@@ -42,7 +42,7 @@ BESIDE = (
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """xlinfer.json, whose presence makes a folder an artifact."""
+    """xlinfer.json, whose presence makes a folder a converted checkpoint."""
 
     format_version: int
     dtype: str  # of the model
@@ -50,7 +50,7 @@ class Manifest:
     source_sha256: Mapping[str, str]  # file of the source checkpoint -> hex digest
 
 
-def is_artifact(folder: Path) -> bool:
+def is_converted(folder: Path) -> bool:
     return (folder / MANIFEST).is_file()
 
 
@@ -63,7 +63,7 @@ def read_manifest(folder: Path) -> Manifest:
     if version != FORMAT_VERSION:
         raise CheckpointError(
             f"{file}: format_version is {version!r}; this xlinfer reads {FORMAT_VERSION}. Write "
-            "the artifact again with python -m xlinfer.convert."
+            "it again with python -m xlinfer.convert."
         )
     if os.stat(folder).st_mode & stat.S_IWOTH:
         raise CheckpointError(
@@ -82,7 +82,7 @@ def read_parameters(
 ) -> dict[tuple, jax.Array]:
     """The arrays at `targets`' paths, cast to their dtypes and placed by their shardings.
 
-    Raises CheckpointError when the artifact holds other parameters or shapes, or is damaged.
+    Raises CheckpointError when the folder holds other parameters or shapes, or is damaged.
     """
     import orbax.checkpoint as ocp
 
@@ -105,11 +105,11 @@ def read_parameters(
     return {path: arrays[name] for path, name in names.items()}
 
 
-def save_artifact(model: Transformer, source: str | Path, directory: str | Path) -> Manifest:
+def save_converted(model: Transformer, source: str | Path, directory: str | Path) -> Manifest:
     """Write `model`, loaded from the checkpoint at `source`, into the new `directory`.
 
     The directory appears whole or not at all. Raises CheckpointError when it holds anything
-    already, when `source` is itself an artifact, or when `model` is not what its config says
+    already, when `source` is itself converted, or when `model` is not what its config says
     (such as one whose kv heads were repeated for a mesh).
     """
     import orbax.checkpoint as ocp
@@ -151,14 +151,14 @@ def save_artifact(model: Transformer, source: str | Path, directory: str | Path)
 
 def refuse_output(source: Path, directory: Path) -> None:
     """Raise CheckpointError unless `source` may be converted into `directory`."""
-    if is_artifact(source):
-        raise CheckpointError(f"{source} is an artifact already; convert its source checkpoint")
+    if is_converted(source):
+        raise CheckpointError(f"{source} is converted already; convert its source")
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise CheckpointError(f"{directory} is not empty; give a new directory")
 
 
 def _digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of the files that made the artifact."""
+    """SHA-256 of the source's files."""
     files = sorted(p for p in folder.iterdir() if p.suffix == ".safetensors" or p.name in BESIDE)
     digests = {}
     for path in files:
