@@ -16,7 +16,7 @@ from converters.config import read_generation
 from converters.errors import CheckpointError, read_object
 from converters.families import FAMILIES, parse_config
 from converters.formats.safetensors import TensorInfo, read_folder, read_tensor
-from converters.rules import Layout, Rule, Step, expand, schedule
+from converters.rules import Layout, Rule, Step, cut_out, expand, schedule
 from xlinfer.config import GenerationConfig, ModelConfig
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "Rule",
     "Step",
     "TensorInfo",
+    "cut_out",
     "open_checkpoint",
     "parameter_rules",
     "parse_config",

@@ -5,8 +5,8 @@ Both styles are read: transformers 4 (`rope_theta` and `rope_scaling`, `type`) a
 """
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal
@@ -39,12 +39,14 @@ GENERATION = frozenset(
     """.split()
 )
 # Names in config.json -> ModelConfig.hidden_act.
-ACTIVATIONS: Mapping[str, Literal["silu", "gelu", "gelu_tanh"]] = {
+ACTIVATIONS: Mapping[str, Literal["silu", "gelu", "gelu_tanh", "relu"]] = {
     "silu": "silu",
     "swish": "silu",
     "gelu": "gelu",
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "relu": "relu",
 }
 # Keys whose other values would change what the model computes.
 DECODER_ONLY: Mapping[str, tuple[Any, ...]] = {
@@ -56,16 +58,37 @@ DECODER_ONLY: Mapping[str, tuple[Any, ...]] = {
     "chunk_size_feed_forward": (0,),
     "partial_rotary_factor": (1.0,),
 }
+# The same for families of which some models rotate a part of each head.
+PARTIAL_ROTARY = {key: fixed for key, fixed in DECODER_ONLY.items() if "rotary" not in key}
+
+LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
 @dataclass(frozen=True)
 class Constants:
-    """The keys of one JSON object, read by type. `where` begins every error."""
+    """The keys of one JSON object, read by type. `where` begins every error; `aliases` says what
+    the file calls a key that families share: tables and readers use the shared name."""
 
     where: str
     values: Mapping[str, Any]
+    aliases: Mapping[str, str] = field(default_factory=dict)
+
+    def key(self, name: str) -> str:
+        """What the file calls it."""
+        return self.aliases.get(name, name)
+
+    def get(self, name: str) -> Any:
+        """The value as the file has it; None where it is absent."""
+        return self.values.get(self.key(name))
+
+    def having(self, **values: Any) -> "Constants":
+        """These constants with other values; `...` removes the key."""
+        changed = {self.key(name): value for name, value in values.items()}
+        kept = {name: v for name, v in {**self.values, **changed}.items() if v is not ...}
+        return replace(self, values=kept)
 
     def _get(self, name: str, kinds: tuple[type, ...], right: str) -> Any:
+        name = self.key(name)
         if name not in self.values:
             raise CheckpointError(f"{self.where}: {name!r} is missing; it must be {right}")
         value = self.values[name]
@@ -77,20 +100,37 @@ class Constants:
         right = f"an integer >= {least}"
         value = self._get(name, (int, float), right)
         if value != value // 1 or value < least:  # NaN and inf differ from their floor
-            raise CheckpointError(f"{self.where}: {name!r} is {value!r}; it must be {right}")
+            raise self._wrong(name, right)
         return int(value)
 
     def optional_integer(self, name: str) -> int | None:
         """None where the file says null."""
-        return None if self.values.get(name, ...) is None else self.integer(name)
+        return None if self.values.get(self.key(name), ...) is None else self.integer(name)
 
     def number(self, name: str, least: float = 0.0) -> float:
         """A finite number above `least`."""
         right = f"a number > {least:g}"
         value = self._get(name, (int, float), right)
         if not math.isfinite(value) or value <= least:
-            raise CheckpointError(f"{self.where}: {name!r} is {value!r}; it must be {right}")
+            raise self._wrong(name, right)
         return float(value)
+
+    def optional_number(self, name: str) -> float | None:
+        """None where the file says null."""
+        return None if self.values.get(self.key(name), ...) is None else self.number(name)
+
+    def numbers(self, name: str, count: int) -> tuple[float, ...]:
+        """`count` finite numbers above 0."""
+        right = f"a list of {count} numbers > 0"
+        values = self._get(name, (list,), right)
+        fits = lambda v: type(v) in (int, float) and math.isfinite(v) and v > 0
+        if len(values) != count or not all(map(fits, values)):
+            raise CheckpointError(f"{self.where}: {name!r} must be {right}; it has {len(values)}")
+        return tuple(map(float, values))
+
+    def _wrong(self, name: str, right: str) -> CheckpointError:
+        key = self.key(name)
+        return CheckpointError(f"{self.where}: {key!r} is {self.values[key]!r}; it must be {right}")
 
     def flag(self, name: str) -> bool:
         return self._get(name, (bool,), "true or false")
@@ -98,6 +138,7 @@ class Constants:
     def choice[T](self, name: str, options: Mapping[str, T]) -> T:
         value = self._get(name, (str,), f"one of {', '.join(options)}")
         if value not in options:
+            name = self.key(name)
             raise CheckpointError(
                 f"{self.where}: {name!r} is {value!r}, which xlinfer does not compute; it "
                 f"computes {', '.join(options)}"
@@ -119,7 +160,10 @@ class Constants:
         Raises CheckpointError for a key in none of `known`, `fixed` and `absent`, and for one
         of `fixed` with another value.
         """
-        unknown = sorted(self.values.keys() - set(known) - fixed.keys() - absent.keys())
+        fixed = {self.key(name): allowed for name, allowed in fixed.items()}
+        absent = {self.key(name): value for name, value in absent.items()}
+        known = {self.key(name) for name in known}
+        unknown = sorted(self.values.keys() - known - fixed.keys() - absent.keys())
         if unknown:
             raise CheckpointError(
                 f"{self.where}: unknown model constant {', '.join(map(repr, unknown))}. xlinfer "
@@ -133,7 +177,7 @@ class Constants:
                     f"{self.where}: {name!r} is {value!r}; xlinfer computes only "
                     + " or ".join(map(repr, allowed))
                 )
-        return Constants(self.where, {**absent, **self.values})
+        return replace(self, values={**absent, **self.values})
 
 
 def read_generation(folder: Path) -> GenerationConfig:
@@ -222,3 +266,33 @@ def kv_heads(constants: Constants, heads: int) -> int:
             f"num_key_value_heads {count}"
         )
     return count
+
+
+def layer_types(constants: Constants, absent: Sequence[str]) -> Sequence[str]:
+    """`layer_types`, one of LAYER_TYPES for each layer, or `absent` where null."""
+    layers, kinds = constants.integer("num_hidden_layers"), constants.names("layer_types")
+    if kinds is None:
+        return absent
+    if len(kinds) != layers or not set(kinds) <= set(LAYER_TYPES):
+        raise CheckpointError(
+            f"{constants.where}: 'layer_types' must hold {layers} of {' or '.join(LAYER_TYPES)}; "
+            f"it holds {len(kinds)}: {', '.join(sorted(set(kinds)))}"
+        )
+    return kinds
+
+
+def every(n: int, layers: int) -> list[str]:
+    """Sliding attention, but full attention in every nth layer."""
+    return ["sliding_attention" if (i + 1) % n else "full_attention" for i in range(layers)]
+
+
+def windows_of(
+    constants: Constants, kinds: Sequence[str], window: int | None
+) -> tuple[int | None, ...]:
+    """Each layer's window. Raises CheckpointError where one slides and `window` is None."""
+    if "sliding_attention" in kinds and window is None:
+        raise CheckpointError(
+            f"{constants.where}: 'layer_types' asks for sliding_attention, but use_sliding_window "
+            "is false or sliding_window is null"
+        )
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)

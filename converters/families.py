@@ -8,6 +8,9 @@ from typing import Any
 from converters.config import Constants
 from converters.errors import CheckpointError
 from converters.family import Family
+from converters.gemma import GEMMA
+from converters.gemma2 import GEMMA2
+from converters.gemma3 import GEMMA3_TEXT
 from converters.llama import LLAMA
 from converters.mistral import MISTRAL
 from converters.mixtral import MIXTRAL
@@ -19,7 +22,23 @@ from xlinfer.config import ModelConfig
 
 FAMILIES: Mapping[str, Family] = {
     family.model_type: family
-    for family in (LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE)
+    for family in (
+        GEMMA,
+        GEMMA2,
+        GEMMA3_TEXT,
+        LLAMA,
+        MISTRAL,
+        MIXTRAL,
+        QWEN2,
+        QWEN2_MOE,
+        QWEN3,
+        QWEN3_MOE,
+    )
+}
+# Known, and not read: why.
+REFUSED: Mapping[str, str] = {
+    "gemma3": "reads images beside text, which xlinfer does not. It reads its text model alone, "
+    "saved as Gemma3ForCausalLM (gemma3_text)",
 }
 # Where config.json says how weights are quantized; none of these formats is read yet.
 QUANTIZATION = ("quantization_config", "compression_config")
@@ -34,6 +53,10 @@ def parse_config(path: Path, values: Mapping[str, Any]) -> ModelConfig:
     model_type = values.get("model_type")
     if not isinstance(model_type, str):
         raise CheckpointError(f"{path}: 'model_type' must name the family: {_supported()}")
+    if model_type in REFUSED:
+        raise CheckpointError(
+            f"{path}: model_type {model_type!r} {REFUSED[model_type]}. It knows {_supported()}."
+        )
     if model_type not in FAMILIES:
         near = difflib.get_close_matches(model_type.lower(), FAMILIES, n=3, cutoff=0.5)
         guess = f" The nearest: {', '.join(near)}." if near else ""

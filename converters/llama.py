@@ -1,7 +1,8 @@
 """Llama 1, 2, 3.x and everything published as model_type "llama"; the table the others share."""
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 from converters.config import (
     ACTIVATIONS,
@@ -11,6 +12,7 @@ from converters.config import (
     known_keys,
     kv_heads,
 )
+from converters.errors import CheckpointError
 from converters.family import Family
 from converters.rope import KEYS as ROPE_KEYS
 from converters.rope import read_rope
@@ -38,89 +40,181 @@ FIXED: Mapping[str, tuple[Any, ...]] = {**DECODER_ONLY, "rope_interleaved": (Fal
 # pretraining_tp only splits products that are summed again; the last two are never read.
 HARMLESS = frozenset({"pretraining_tp", "max_sequence_length", "is_llama_config"})
 
-PREFIX, LAYER = "model.", "model.layers.{layer}."
-BLOCK = (
-    Row("embed_VD", f"{PREFIX}embed_tokens.weight", "V D -> V D"),
-    Row("layers.attn_norm.scale_D", f"{LAYER}input_layernorm.weight", "D -> D"),
-    Row("layers.attn.q_D_NH", f"{LAYER}self_attn.q_proj.weight", "(N H) D -> D (N H)"),
-    Row("layers.attn.k_D_KH", f"{LAYER}self_attn.k_proj.weight", "(K H) D -> D (K H)"),
-    Row("layers.attn.v_D_KH", f"{LAYER}self_attn.v_proj.weight", "(K H) D -> D (K H)"),
-    Row("layers.attn.o_NH_D", f"{LAYER}self_attn.o_proj.weight", "D (N H) -> (N H) D"),
-    Row("layers.mlp_norm.scale_D", f"{LAYER}post_attention_layernorm.weight", "D -> D"),
-    Row("norm.scale_D", f"{PREFIX}norm.weight", "D -> D"),
-)
-MLP = (
-    Row("layers.mlp.gate_DF", f"{LAYER}mlp.gate_proj.weight", "F D -> D F"),
-    Row("layers.mlp.up_DF", f"{LAYER}mlp.up_proj.weight", "F D -> D F"),
-    Row("layers.mlp.down_FD", f"{LAYER}mlp.down_proj.weight", "D F -> F D"),
-)
-HEAD = (Row("head_DV", "lm_head.weight", "V D -> D V"),)
-QKV_BIAS = (
-    Row("layers.attn.q_bias_NH", f"{LAYER}self_attn.q_proj.bias", "(N H) -> N H"),
-    Row("layers.attn.k_bias_KH", f"{LAYER}self_attn.k_proj.bias", "(K H) -> K H"),
-    Row("layers.attn.v_bias_KH", f"{LAYER}self_attn.v_proj.bias", "(K H) -> K H"),
-)
-OUTPUT_BIAS = (Row("layers.attn.o_bias_D", f"{LAYER}self_attn.o_proj.bias", "D -> D"),)
-MLP_BIAS = (
-    Row("layers.mlp.gate_bias_F", f"{LAYER}mlp.gate_proj.bias", "F -> F"),
-    Row("layers.mlp.up_bias_F", f"{LAYER}mlp.up_proj.bias", "F -> F"),
-    Row("layers.mlp.down_bias_D", f"{LAYER}mlp.down_proj.bias", "D -> D"),
-)
-QK_NORM = (
-    Row("layers.attn.q_norm.scale_D", f"{LAYER}self_attn.q_norm.weight", "H -> H"),
-    Row("layers.attn.k_norm.scale_D", f"{LAYER}self_attn.k_norm.weight", "H -> H"),
-)
+LAYER = "model.layers.{layer}."
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear layer's tensors, `name` and ".weight" or ".bias": [outputs, inputs] and [outputs].
+    `outputs` is that axis as rules.py writes axes, where it holds more than is meant."""
+
+    name: str
+    outputs: str | None = None
+    piece: int = 0
+    inputs_first: bool = False  # [inputs, outputs], as GPT-2 has it
+
+
+class Matrix(NamedTuple):
+    weight: str
+    bias: str
+    outputs: str
+    inputs: str
+
+
+# The linear layers of the Transformer; each of a family's has its name in the checkpoint.
+MATRICES: Mapping[str, Matrix] = {
+    "q": Matrix("layers.attn.q_D_NH", "layers.attn.q_bias_NH", "(N H)", "D"),
+    "k": Matrix("layers.attn.k_D_KH", "layers.attn.k_bias_KH", "(K H)", "D"),
+    "v": Matrix("layers.attn.v_D_KH", "layers.attn.v_bias_KH", "(K H)", "D"),
+    "o": Matrix("layers.attn.o_NH_D", "layers.attn.o_bias_D", "D", "(N H)"),
+    "gate": Matrix("layers.mlp.gate_DF", "layers.mlp.gate_bias_F", "F", "D"),
+    "up": Matrix("layers.mlp.up_DF", "layers.mlp.up_bias_F", "F", "D"),
+    "down": Matrix("layers.mlp.down_FD", "layers.mlp.down_bias_D", "D", "F"),
+    "head": Matrix("head_DV", "head_bias_V", "V", "D"),
+}
+# What the checkpoint calls each part: norms and matrices without ".weight".
+NAMES: Mapping[str, str | Linear] = {
+    "embed": "model.embed_tokens",
+    "norm": "model.norm",
+    "head": "lm_head",
+    "attn_norm": f"{LAYER}input_layernorm",
+    "mlp_norm": f"{LAYER}post_attention_layernorm",
+    "q": f"{LAYER}self_attn.q_proj",
+    "k": f"{LAYER}self_attn.k_proj",
+    "v": f"{LAYER}self_attn.v_proj",
+    "o": f"{LAYER}self_attn.o_proj",
+    "q_norm": f"{LAYER}self_attn.q_norm",
+    "k_norm": f"{LAYER}self_attn.k_norm",
+    "gate": f"{LAYER}mlp.gate_proj",
+    "up": f"{LAYER}mlp.up_proj",
+    "down": f"{LAYER}mlp.down_proj",
+}
 IGNORED = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)  # derived; old files hold it
 COPIES = {"lm_head.weight": "model.embed_tokens.weight"}
 
 
-def llama_rows(config: ModelConfig) -> tuple[Row, ...]:
+def llama_rows(config: ModelConfig, names: Mapping[str, str | Linear] = NAMES) -> tuple[Row, ...]:
     """The table for the parts that `config` has, but its experts."""
+    heads = {"q_norm": "(N H)", "k_norm": "(K H)"} if config.qk_norm == "all" else {}
+    qk_norms = ("q_norm", "k_norm") if config.qk_norm else ()
     return (
-        *BLOCK,
-        *(MLP if config.moe is None else ()),
-        *(() if config.tie_word_embeddings else HEAD),
-        *(QKV_BIAS if config.qkv_bias else ()),
-        *(OUTPUT_BIAS if config.attention_output_bias else ()),
-        *(MLP_BIAS if config.mlp_bias else ()),
-        *(QK_NORM if config.qk_norm else ()),
+        Row("embed_VD", f"{names['embed']}.weight", "V D -> V D"),
+        *_norm(config, "norm", names["norm"]),
+        *(row for norm in _norms(config) for row in _norm(config, f"layers.{norm}", names[norm])),
+        *(
+            Row(f"layers.attn.{norm}.scale_D", f"{names[norm]}.weight", f"{axis} -> {axis}")
+            for norm in qk_norms
+            for axis in (heads.get(norm, "H"),)
+        ),
+        *(row for part in _matrices(config) for row in _matrix(config, part, names[part])),
     )
+
+
+def _norms(config: ModelConfig) -> tuple[str, ...]:
+    """Those of a layer that the config has, by their names in the Block."""
+    before = ("attn_norm",) if config.shared_norm else ("attn_norm", "mlp_norm")
+    after = ("attn_post_norm", "mlp_post_norm")
+    return (*(before if config.pre_norm else ()), *(after if config.post_norm else ()))
+
+
+def _norm(config: ModelConfig, target: str, source: str | Linear) -> tuple[Row, ...]:
+    scale = Row(f"{target}.scale_D", f"{source}.weight", "D -> D")
+    bias = Row(f"{target}.bias_D", f"{source}.bias", "D -> D")
+    return (scale, bias) if config.norm == "layer" else (scale,)
+
+
+def _matrices(config: ModelConfig) -> tuple[str, ...]:
+    mlp = ("gate", "up", "down") if config.gated_mlp else ("up", "down")
+    return (
+        *("q", "k", "v", "o"),
+        *(mlp if config.moe is None else ()),
+        *(() if config.tie_word_embeddings else ("head",)),
+    )
+
+
+def _matrix(config: ModelConfig, part: str, source: str | Linear) -> tuple[Row, ...]:
+    source, to = Linear(source) if isinstance(source, str) else source, MATRICES[part]
+    outputs = source.outputs or to.outputs
+    axes = f"{to.inputs} {outputs}" if source.inputs_first else f"{outputs} {to.inputs}"
+    weight = Row(
+        to.weight, f"{source.name}.weight", f"{axes} -> {to.inputs} {to.outputs}",
+        piece=source.piece,
+    )  # fmt: skip
+    is_biased = {
+        "o": config.attention_output_bias,
+        "head": config.head_bias,
+        **dict.fromkeys("qkv", config.qkv_bias),
+        **dict.fromkeys(("gate", "up", "down"), config.mlp_bias),
+    }
+    if not is_biased[part]:
+        return (weight,)
+    bias_axes = f"{outputs} -> {to.outputs.strip('()')}"
+    return weight, Row(to.bias, f"{source.name}.bias", bias_axes, piece=source.piece)
 
 
 def llama_config(
     constants: Constants,
     *,
     model_type: str,
-    absent_rope_theta: float,
+    absent_rope_theta: float | None,
     windows: tuple[int | None, ...],
     qkv_bias: bool,
     attention_output_bias: bool,
     mlp_bias: bool,
-    qk_norm: bool,
+    qk_norm: Literal["head", "all"] | None,
     moe: MoE | None,
+    rotary_factor: float = 1.0,
 ) -> ModelConfig:
-    """What Llama-shaped families read alike; the rest each of them says."""
+    """What Llama-shaped families read alike, and Llama's own where they differ: of that, a family
+    replaces what is not its. `absent_rope_theta` None: nothing is rotated."""
     heads, hidden = constants.integer("num_attention_heads"), constants.integer("hidden_size")
-    trained = constants.integer("max_position_embeddings")
-    rope, longest = read_rope(constants, trained, absent_rope_theta)
+    layers, longest = (
+        constants.integer("num_hidden_layers"),
+        constants.integer("max_position_embeddings"),
+    )
+    size, rope = head_dim(constants, heads, hidden), None
+    rotary_dim = int(size * rotary_factor)
+    if rotary_dim % 2 or not rotary_dim:
+        raise CheckpointError(
+            f"{constants.where}: partial_rotary_factor {rotary_factor:g} of a head_dim of {size} "
+            "is no even number of dimensions; rotary embeddings turn pairs"
+        )
+    if absent_rope_theta is not None:
+        rope, longest = read_rope(constants, longest, absent_rope_theta, rotary_dim)
     return ModelConfig(
         model_type=model_type,
         vocab_size=constants.integer("vocab_size"),
         hidden_size=hidden,
         intermediate_size=constants.integer("intermediate_size"),
-        num_layers=constants.integer("num_hidden_layers"),
+        num_layers=layers,
         num_heads=heads,
         num_kv_heads=kv_heads(constants, heads),
-        head_dim=head_dim(constants, heads, hidden),
+        head_dim=size,
         hidden_act=constants.choice("hidden_act", ACTIVATIONS),
+        gated_mlp=True,
+        norm="rms",
         norm_eps=constants.number("rms_norm_eps"),
-        rope=rope,
+        pre_norm=True,
+        post_norm=False,
+        parallel=False,
+        shared_norm=False,
+        ropes=(rope,) * layers,
+        rotary_dim=rotary_dim,
+        learned_positions=False,
         windows=windows,
+        attention_scale=size**-0.5,
+        attention_softcap=None,
+        sinks=False,
         qkv_bias=qkv_bias,
         attention_output_bias=attention_output_bias,
         mlp_bias=mlp_bias,
         moe=moe,
         qk_norm=qk_norm,
+        embedding_multiplier=1.0,
+        residual_multiplier=1.0,
+        logits_divisor=1.0,
+        logit_softcap=None,
+        head_bias=False,
         tie_word_embeddings=constants.flag("tie_word_embeddings"),
         max_position_embeddings=longest,
     )
@@ -137,7 +231,7 @@ def read_llama(constants: Constants) -> ModelConfig:
         qkv_bias=bias,
         attention_output_bias=bias,
         mlp_bias=constants.flag("mlp_bias"),
-        qk_norm=False,
+        qk_norm=None,
         moe=None,
     )
 

@@ -38,7 +38,7 @@ def read_mistral(constants: Constants) -> ModelConfig:
         qkv_bias=False,
         attention_output_bias=False,
         mlp_bias=False,
-        qk_norm=False,
+        qk_norm=None,
         moe=None,
     )
 

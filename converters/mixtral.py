@@ -35,8 +35,10 @@ def read_mixtral(constants: Constants) -> ModelConfig:
         qkv_bias=False,
         attention_output_bias=False,
         mlp_bias=False,
-        qk_norm=False,
-        moe=moe.read_moe(constants, size="intermediate_size", norm_topk_prob=True, shared=None),
+        qk_norm=None,
+        moe=moe.read_moe(
+            constants, size="intermediate_size", norm_topk_prob=True, shared=None, bias=False
+        ),
     )
 
 

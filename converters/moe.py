@@ -40,7 +40,9 @@ def expert_rows(block: str, gate: str, up: str, down: str) -> tuple[Row, ...]:
 QWEN_EXPERTS = expert_rows("mlp", "gate_proj", "up_proj", "down_proj")
 
 
-def read_moe(constants: Constants, *, size: str, norm_topk_prob: bool, shared: int | None) -> MoE:
+def read_moe(
+    constants: Constants, *, size: str, norm_topk_prob: bool, shared: int | None, bias: bool
+) -> MoE:
     """`size` is the key that holds the experts' ffw size."""
     given = [name for name in COUNTS if constants.values.get(name) is not None]
     experts = constants.integer(given[0] if given else COUNTS[0])
@@ -62,6 +64,7 @@ def read_moe(constants: Constants, *, size: str, norm_topk_prob: bool, shared: i
         intermediate_size=constants.integer(size),
         norm_topk_prob=norm_topk_prob,
         shared_intermediate_size=shared,
+        bias=bias,
     )
 
 

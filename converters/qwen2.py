@@ -3,8 +3,14 @@
 from collections.abc import Mapping
 from typing import Any
 
-from converters.config import DECODER_ONLY, Constants, known_keys
-from converters.errors import CheckpointError
+from converters.config import (
+    DECODER_ONLY,
+    LAYER_TYPES,
+    Constants,
+    known_keys,
+    layer_types,
+    windows_of,
+)
 from converters.family import Family
 from converters.llama import COPIES, IGNORED, SIZES, llama_config, llama_rows
 from converters.rope import KEYS as ROPE_KEYS
@@ -24,7 +30,6 @@ ABSENT: Mapping[str, Any] = {
 }
 ABSENT_ROPE_THETA = 10_000.0
 FIXED: Mapping[str, tuple[Any, ...]] = {**DECODER_ONLY, "use_mrope": (False,)}
-LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
 def read_windows(constants: Constants) -> tuple[int | None, ...]:
@@ -35,21 +40,10 @@ def read_windows(constants: Constants) -> tuple[int | None, ...]:
     layers = constants.integer("num_hidden_layers")
     used = constants.flag("use_sliding_window")
     window = constants.optional_integer("sliding_window") if used else None
-    kinds = constants.names("layer_types")
-    if kinds is None:
-        first = constants.integer("max_window_layers", 0)
-        return tuple(window if layer >= first else None for layer in range(layers))
-    if len(kinds) != layers or not set(kinds) <= set(LAYER_TYPES):
-        raise CheckpointError(
-            f"{constants.where}: 'layer_types' must hold {layers} of {' or '.join(LAYER_TYPES)}; "
-            f"it holds {len(kinds)}: {', '.join(sorted(set(kinds)))}"
-        )
-    if "sliding_attention" in kinds and window is None:
-        raise CheckpointError(
-            f"{constants.where}: 'layer_types' asks for sliding_attention, but use_sliding_window "
-            "is false or sliding_window is null"
-        )
-    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+    first = constants.integer("max_window_layers", 0)
+    has_window = lambda layer: window is not None and layer >= first
+    absent = [LAYER_TYPES[has_window(layer)] for layer in range(layers)]
+    return windows_of(constants, layer_types(constants, absent), window)
 
 
 def read_qwen2(constants: Constants) -> ModelConfig:
@@ -62,7 +56,7 @@ def read_qwen2(constants: Constants) -> ModelConfig:
         qkv_bias=True,
         attention_output_bias=False,
         mlp_bias=False,
-        qk_norm=False,
+        qk_norm=None,
         moe=None,
     )
 

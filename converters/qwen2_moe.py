@@ -51,12 +51,13 @@ def read_qwen2_moe(constants: Constants) -> ModelConfig:
         qkv_bias=constants.flag("qkv_bias"),
         attention_output_bias=False,
         mlp_bias=False,
-        qk_norm=False,
+        qk_norm=None,
         moe=moe.read_moe(
             constants,
             size="moe_intermediate_size",
             norm_topk_prob=constants.flag("norm_topk_prob"),
             shared=constants.integer("shared_expert_intermediate_size"),
+            bias=False,
         ),
     )
 

@@ -37,7 +37,7 @@ def read_qwen3(constants: Constants) -> ModelConfig:
         qkv_bias=bias,
         attention_output_bias=bias,
         mlp_bias=False,
-        qk_norm=True,
+        qk_norm="head",
         moe=None,
     )
 

@@ -43,12 +43,13 @@ def read_qwen3_moe(constants: Constants) -> ModelConfig:
         qkv_bias=bias,
         attention_output_bias=bias,
         mlp_bias=False,
-        qk_norm=True,
+        qk_norm="head",
         moe=moe.read_moe(
             constants,
             size="moe_intermediate_size",
             norm_topk_prob=constants.flag("norm_topk_prob"),
             shared=None,
+            bias=False,
         ),
     )
 

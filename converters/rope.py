@@ -6,7 +6,15 @@ from typing import Any
 
 from converters.config import Constants
 from converters.errors import CheckpointError
-from xlinfer.config import DefaultRope, DynamicRope, LinearRope, Llama3Rope, Rope, YarnRope
+from xlinfer.config import (
+    DefaultRope,
+    DynamicRope,
+    LinearRope,
+    Llama3Rope,
+    LongRope,
+    Rope,
+    YarnRope,
+)
 
 # Per kind: what the format defines where the file is silent. Keys of REQUIRED have no default;
 # None for `original_max_position_embeddings` stands for the model's max_position_embeddings, and
@@ -22,7 +30,9 @@ REQUIRED: Mapping[str, tuple[str, ...]] = {
         "original_max_position_embeddings",
     ),
     "yarn": ("factor",),
+    "longrope": ("short_factor", "long_factor"),
 }
+KINDS = {**{kind: kind for kind in REQUIRED}, "su": "longrope"}  # su: Phi-3's first files
 ABSENT: Mapping[str, Mapping[str, Any]] = {
     "default": {},
     "linear": {},
@@ -37,15 +47,21 @@ ABSENT: Mapping[str, Mapping[str, Any]] = {
         "mscale_all_dim": None,
         "truncate": True,
     },
+    "longrope": {
+        "original_max_position_embeddings": None,
+        "factor": None,
+        "attention_factor": None,
+    },
 }
 KEYS = frozenset({"rope_theta", "rope_scaling", "rope_parameters"})
 FIXED: Mapping[str, tuple[Any, ...]] = {"partial_rotary_factor": (1.0,)}
 
 
 def read_rope(
-    constants: Constants, max_position_embeddings: int, absent_theta: float
+    constants: Constants, max_position_embeddings: int, absent_theta: float, rotary_dim: int
 ) -> tuple[Rope, int]:
-    """The kind of rotary embedding, and the longest context it is meant for.
+    """The kind of rotary embedding, and the longest context it is meant for; `rotary_dim`
+    dimensions of a head are rotated.
 
     That context is `max_position_embeddings`, times the factor for the kinds whose files state
     the trained length there and leave the stretched one to the reader: vLLM's rule.
@@ -53,11 +69,20 @@ def read_rope(
     """
     rope = _merged(constants, absent_theta)
     theta = rope.number("rope_theta")
-    kind = rope.choice("rope_type", {kind: kind for kind in REQUIRED})
+    kind = rope.choice("rope_type", KINDS)
     names = ("rope_theta", "rope_type", *REQUIRED[kind])
     rope = rope.check(names, FIXED, ABSENT[kind])
     if kind == "default":
         return DefaultRope(theta=theta), max_position_embeddings
+    if kind == "longrope":
+        trained = _trained(rope, max_position_embeddings)
+        return LongRope(
+            theta=theta,
+            short_factors=rope.numbers("short_factor", rotary_dim // 2),
+            long_factors=rope.numbers("long_factor", rotary_dim // 2),
+            original_max_position_embeddings=trained,
+            attention_factor=_longrope_attention_factor(rope, max_position_embeddings, trained),
+        ), max_position_embeddings
     factor = rope.number("factor")
     stretched = int(max_position_embeddings * factor)
     if kind == "linear":
@@ -101,27 +126,32 @@ def read_rope(
 
 def _merged(constants: Constants, absent_theta: float) -> Constants:
     """Both styles as one object with `rope_type` and `rope_theta`."""
-    values, where = constants.values, constants.where
-    given = [name for name in ("rope_parameters", "rope_scaling") if values.get(name) is not None]
+    where = constants.where
+    given = [n for n in ("rope_parameters", "rope_scaling") if constants.get(n) is not None]
     for name in given:
-        if not isinstance(values[name], dict):
+        if not isinstance(constants.get(name), dict):
             raise CheckpointError(f"{where}: {name!r} must be an object or null")
     if len(given) == 2:
         raise CheckpointError(
             f"{where}: it has both 'rope_parameters' and 'rope_scaling'; keep the one that is meant"
         )
-    rope = dict(values[given[0]]) if given else {}
+    rope = dict(constants.get(given[0])) if given else {}
     kinds = {rope.pop(name) for name in ("rope_type", "type") if isinstance(rope.get(name), str)}
     if len(kinds) > 1:
         raise CheckpointError(f"{where}: rope_type and type disagree: {sorted(kinds)}")
     if not kinds and rope.keys() - {"rope_theta", "partial_rotary_factor"}:
         raise CheckpointError(f"{where}: {given[0]!r} must name its rope_type")
     rope["rope_type"] = kinds.pop() if kinds else "default"
-    outer = values.get("rope_theta")
-    if outer is not None and rope.setdefault("rope_theta", outer) != outer:
-        raise CheckpointError(
-            f"{where}: rope_theta is {outer} outside and {rope['rope_theta']} inside {given[0]!r}"
-        )
+    # Phi-3 has the trained length outside; of other kinds than longrope it says nothing.
+    also = (
+        ("original_max_position_embeddings",) if KINDS.get(rope["rope_type"]) == "longrope" else ()
+    )
+    for name in ("rope_theta", *also):
+        outer = constants.get(name)
+        if outer is not None and rope.setdefault(name, outer) != outer:
+            raise CheckpointError(
+                f"{where}: {name} is {outer} outside and {rope[name]} inside {given[0]!r}"
+            )
     rope.setdefault("rope_theta", absent_theta)
     return Constants(f"{where}: {given[0]}" if given else where, rope)
 
@@ -139,6 +169,34 @@ def _attention_factor(rope: Constants, factor: float) -> float:
     if not mscale or not all_dim:  # transformers reads 0 as absent
         return _mscale(factor, 1.0)
     return _mscale(factor, rope.number("mscale")) / _mscale(factor, rope.number("mscale_all_dim"))
+
+
+def _longrope_attention_factor(rope: Constants, longest: int, trained: int) -> float:
+    """The file's, or the paper's sqrt(1 + ln(factor) / ln(trained length))."""
+    if (given := rope.optional_number("attention_factor")) is not None:
+        return given
+    factor = rope.optional_number("factor") or longest / trained
+    return math.sqrt(1 + math.log(factor) / math.log(trained)) if factor > 1 else 1.0
+
+
+def take_rotary_factor(constants: Constants, absent: float) -> tuple[Constants, float]:
+    """The constants without `partial_rotary_factor`, outside and inside of either style, and what
+    it is: the share of a head that is rotated; `absent` where the file is silent."""
+    name, found = "partial_rotary_factor", {}
+    for style in ("rope_parameters", "rope_scaling"):
+        if isinstance(rope := constants.get(style), dict) and name in rope:
+            found[style] = Constants(f"{constants.where}: {style}", rope).number(name)
+            constants = constants.having(
+                **{style: {key: value for key, value in rope.items() if key != name}}
+            )
+    if constants.get(name) is not None:
+        found[name] = constants.number(name)
+    if len(factors := set(found.values())) > 1:
+        raise CheckpointError(f"{constants.where}: {name} has two values: {found}")
+    factor = factors.pop() if factors else absent
+    if factor > 1:
+        raise CheckpointError(f"{constants.where}: {name!r} is {factor:g}; it must be at most 1")
+    return constants.having(**{name: ...}), factor
 
 
 def _mscale(factor: float, scale: float) -> float:

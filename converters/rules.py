@@ -8,7 +8,10 @@ other along one axis. The letters:
 
 D hidden  F ffw hidden  N query heads  K kv heads  H head_dim  V vocabulary  1 one
 E experts  R experts as the router scores them  P parts  I an expert's ffw hidden
-S the shared expert's ffw hidden
+S the shared expert's ffw hidden   M positions
+
+An axis of the source may hold several pieces, one after the other: "(N|K|K H) D -> D (K H)" has
+the heads of q, k and v, of which the row says which piece is its own.
 """
 
 import itertools
@@ -17,6 +20,8 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
 
 from converters.errors import CheckpointError, listing
 from converters.formats.safetensors import TensorInfo
@@ -36,6 +41,18 @@ class Row:
     source: str
     axes: str  # a letter that counts is the first of its axis
     parts: tuple[str, ...] = ()
+    piece: int = 0  # of the source's axis that has several
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cut:
+    """The piece of a source that is meant: of the source seen as `view`, `start` to `stop` of
+    `axis`."""
+
+    view: tuple[int, ...]
+    axis: int
+    start: int
+    stop: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +77,8 @@ class Rule:
     sources: tuple[str, ...]
     starts: tuple[tuple[int, ...], ...]
     source_shape: tuple[int, ...]
-    layout: Layout
+    cut: Cut | None  # None: the whole source
+    layout: Layout  # of what is cut
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +88,11 @@ class Step:
     tensor: TensorInfo
     rule: Rule
     start: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Of what is written: the tensor's, or of the piece that is meant."""
+        return math.prod(self.rule.layout.sizes) * self.tensor.dtype.itemsize
 
 
 def expand(rows: Iterable[Row], config: ModelConfig, kv_replicas: int = 1) -> tuple[Rule, ...]:
@@ -81,6 +104,8 @@ def expand(rows: Iterable[Row], config: ModelConfig, kv_replicas: int = 1) -> tu
         "K": config.num_kv_heads,
         "H": config.head_dim,
         "V": config.vocab_size,
+        "M": config.max_position_embeddings,
+        "P": 2,  # where a source holds gate and up by turns
         "1": 1,
     }
     if (moe := config.moe) is not None:
@@ -90,12 +115,16 @@ def expand(rows: Iterable[Row], config: ModelConfig, kv_replicas: int = 1) -> tu
 
 
 def _rule(row: Row, layers: int, sizes: Mapping[str, int], kv_replicas: int) -> Rule:
-    source_axes, axes = map(_groups, row.axes.split(" -> "))
+    of_source, of_target = row.axes.split(" -> ")
+    source_axes, whole_sizes, cut = _pieces(_groups(of_source), row.piece, sizes)
+    axes = _groups(of_target)
     path = tuple(row.target.split("."))
     letters = tuple(letter for group in source_axes for letter in group)
     counted = [letter for group in axes for letter in group if letter not in letters]
     target_axes = tuple(tuple(a for a in group if a in letters) for group in axes)
-    repeated = {**sizes, "K": sizes["K"] * kv_replicas, "P": len(row.parts)}
+    repeated = {**sizes, "K": sizes["K"] * kv_replicas}
+    if row.parts:
+        repeated["P"] = len(row.parts)
     shape, slot = (
         tuple(math.prod(repeated[letter] for letter in group) for group in groups)
         for groups in (axes, target_axes)
@@ -118,7 +147,8 @@ def _rule(row: Row, layers: int, sizes: Mapping[str, int], kv_replicas: int) -> 
         starts=tuple(
             itertools.product(*(range(0, n, one) for n, one in zip(shape, slot, strict=True)))
         ),
-        source_shape=tuple(math.prod(sizes[axis] for axis in group) for group in source_axes),
+        source_shape=tuple(map(math.prod, whole_sizes)),
+        cut=cut,
         layout=Layout(
             source_axes=source_axes,
             sizes=tuple(sizes[letter] for letter in letters),
@@ -132,6 +162,37 @@ def _rule(row: Row, layers: int, sizes: Mapping[str, int], kv_replicas: int) -> 
 def _groups(axes: str) -> Axes:
     """ "(N H) D" as (("N", "H"), ("D",))."""
     return tuple(tuple(group.strip("()").split()) for group in re.findall(r"\([^)]*\)|\w", axes))
+
+
+def _pieces(
+    groups: Axes, piece: int, sizes: Mapping[str, int]
+) -> tuple[Axes, list[list[int]], Cut | None]:
+    """The axes with the piece that is meant in place of "N|K|K", the sizes of each group's axes in
+    the whole source, and what to cut out of it."""
+    letters = tuple(tuple(_piece(axis, piece) for axis in group) for group in groups)
+    of = lambda axis: sum(sizes[letter] for letter in axis.split("|"))
+    whole = [[of(axis) for axis in group] for group in groups]
+    flat = [axis for group in groups for axis in group]
+    for at, axis in enumerate(flat):
+        if "|" in axis:
+            ends = list(itertools.accumulate((sizes[a] for a in axis.split("|")), initial=0))
+            view = tuple(itertools.chain(*whole))
+            return letters, whole, Cut(view=view, axis=at, start=ends[piece], stop=ends[piece + 1])
+    return letters, whole, None
+
+
+def _piece(axis: str, piece: int) -> str:
+    return axis.split("|")[piece] if "|" in axis else axis
+
+
+def cut_out(source: np.ndarray, rule: Rule) -> np.ndarray:
+    """What `rule` takes of its source: a view of it, [...] as the layout's source_axes."""
+    if (cut := rule.cut) is None:
+        return source
+    index = (slice(None),) * cut.axis + (slice(cut.start, cut.stop),)
+    part = source.reshape(cut.view)[index]
+    sizes = iter(rule.layout.sizes)
+    return part.reshape([math.prod(next(sizes) for _ in g) for g in rule.layout.source_axes])
 
 
 def schedule(

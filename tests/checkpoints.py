@@ -7,8 +7,21 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
+from converters import Checkpoint, open_checkpoint
+
 GOLDENS = Path(__file__).parent / "data" / "goldens"
-FAMILIES = ("llama", "llama3-rope", "mistral-window", "mixtral", "qwen2", "qwen3", "qwen3-moe")
+FAMILIES = (
+    "gemma",
+    "gemma2",
+    "gemma3",
+    "llama",
+    "llama3-rope",
+    "mistral-window",
+    "mixtral",
+    "qwen2",
+    "qwen3",
+    "qwen3-moe",
+)
 EXPERTS: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3_moe": {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 12},
@@ -123,6 +136,13 @@ def write(
     index = {"metadata": {"total_size": 0}, "weight_map": placed}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return folder
+
+
+def opened(folder: Path, cfg: Any, **files: Any) -> Checkpoint:
+    """`open_checkpoint` of a folder with that config.json and more JSON files, and no weights."""
+    for name, content in {"config": cfg, **files}.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    return open_checkpoint(folder)
 
 
 def llama_logits(

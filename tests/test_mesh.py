@@ -16,6 +16,7 @@ MOE = MoE(
     num_experts_per_tok=2,
     intermediate_size=12,
     norm_topk_prob=True,
+    bias=False,
     shared_intermediate_size=50,
 )
 

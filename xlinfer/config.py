@@ -51,7 +51,31 @@ class YarnRope:
     truncate: bool  # round the ramp's ends to whole dimensions
 
 
-Rope = DefaultRope | LinearRope | DynamicRope | Llama3Rope | YarnRope
+@dataclass(frozen=True, kw_only=True)
+class LongRope:
+    """A divisor for each frequency (LongRoPE, arXiv 2402.13753): the `long` ones where the context
+    may pass the trained one, for all of its tokens. `attention_factor` scales cos and sin."""
+
+    theta: float
+    short_factors: tuple[float, ...]
+    long_factors: tuple[float, ...]
+    original_max_position_embeddings: int
+    attention_factor: float
+
+
+Rope = DefaultRope | LinearRope | DynamicRope | Llama3Rope | YarnRope | LongRope
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClampedSwiGLU:
+    """gate * sigmoid(alpha * gate) * (up + 1), of a gate that is at most `limit` and an up that is
+    within -limit and limit (gpt-oss)."""
+
+    alpha: float
+    limit: float
+
+
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu"] | ClampedSwiGLU
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,11 +89,12 @@ class MoE:
     norm_topk_prob: bool  # the weights of those chosen are divided by their sum
     # Of an expert that every token passes, times a sigmoid of the token's own; None: there is none.
     shared_intermediate_size: int | None
+    bias: bool  # of the router and of the experts' matrices
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A decoder-only transformer of Llama's shape; what differs between families is data here."""
+    """A decoder-only transformer; what differs between families is data here."""
 
     model_type: str  # the family's name in its config.json
     vocab_size: int
@@ -79,15 +104,34 @@ class ModelConfig:
     num_heads: int
     num_kv_heads: int  # divides num_heads
     head_dim: int
-    hidden_act: Literal["silu", "gelu", "gelu_tanh"]
+    hidden_act: Activation
+    gated_mlp: bool  # act(gate) * up; else act(up)
+    norm: Literal[
+        "rms", "rms_offset", "layer"
+    ]  # rms_offset: the weight is 1 + w; layer: a bias too
     norm_eps: float
-    rope: Rope
+    pre_norm: bool  # attention and MLP read a norm of the residual
+    post_norm: bool  # what they add to it is normalized
+    parallel: bool  # the MLP reads the layer's input, as attention does
+    shared_norm: bool  # with `parallel`: and by the same norm
+    ropes: tuple[Rope | None, ...]  # per layer; None: q and k are not rotated
+    rotary_dim: int  # even; of each head, the dimensions that are rotated: its first
+    learned_positions: bool  # max_position_embeddings vectors, added to the embedding
     windows: tuple[int | None, ...]  # per layer: tokens seen, itself included; None sees all
+    attention_scale: float  # multiplies q·k
+    attention_softcap: float | None  # of a score s: softcap * tanh(s / softcap)
+    sinks: bool  # a logit of each head joins the softmax's denominator
     qkv_bias: bool
     attention_output_bias: bool
     mlp_bias: bool
     moe: MoE | None  # None: every layer has an MLP
-    qk_norm: bool  # RMSNorm over each head's q and k, before rope
+    # RMSNorm of q and k before rope: over each head, or over all heads together.
+    qk_norm: Literal["head", "all"] | None
+    embedding_multiplier: float  # rounded to the dtype
+    residual_multiplier: float  # of what attention and MLP add
+    logits_divisor: float
+    logit_softcap: float | None  # after the divisor
+    head_bias: bool
     tie_word_embeddings: bool
     max_position_embeddings: int
 

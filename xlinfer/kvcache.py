@@ -40,7 +40,9 @@ class Attend(Protocol):
 
     q [B, T, N, H], k and v [B, T, K, H] -> o [B, T, N, H] and the cache with k and v in it.
     `layer` is the layer's index, `window` the number of tokens a query sees (itself included),
-    both Python or traced integers; `scale` multiplies q·k.
+    both Python or traced integers; `scale` multiplies q·k. A score s becomes
+    softcap * tanh(s / softcap) where that is given; exp(sinks_N[n]), float32, joins the
+    denominator of head n's softmax.
     """
 
     def __call__(
@@ -53,6 +55,8 @@ class Attend(Protocol):
         layer: int | Array,
         window: int | Array,
         scale: float,
+        softcap: float | None = None,
+        sinks_N: Array | None = None,
     ) -> tuple[Array, KV]: ...
 
 
@@ -112,12 +116,14 @@ def paged_attend(
     """The `attend` over a paged cache for a step's tokens [1, T]; each device of the mesh's
     tensor axis attends with its own heads."""
 
-    def attend(q_BTNH, k_BTKH, v_BTKH, kv: Cache, *, layer, window, scale):
-        def local(q_TNH, k_TKH, v_TKH, kv, layer, window):
+    def attend(
+        q_BTNH, k_BTKH, v_BTKH, kv: Cache, *, layer, window, scale, softcap=None, sinks_N=None
+    ):
+        def local(q_TNH, k_TKH, v_TKH, kv, sinks_N, layer, window):
             return write_and_attend(
                 q_TNH, k_TKH, v_TKH, kv, layer, page_T, slot_T, ragged,
-                window=window, scale=scale, decode_only=decode_only, device=device,
-                impl=impl,
+                window=window, scale=scale, softcap=softcap, sinks_N=sinks_N,
+                decode_only=decode_only, device=device, impl=impl,
             )  # fmt: skip
 
         if mesh.size > 1:
@@ -127,12 +133,12 @@ def paged_attend(
             local = jax.shard_map(
                 local,
                 mesh=mesh,
-                in_specs=(heads, heads, heads, kv_specs, none, none),
+                in_specs=(heads, heads, heads, kv_specs, by_head(mesh, before=0), none, none),
                 out_specs=(heads, kv_specs),
                 check_vma=False,
             )
         o_TNH, kv = local(
-            q_BTNH[0], k_BTKH[0], v_BTKH[0], kv, jnp.asarray(layer), jnp.asarray(window)
+            q_BTNH[0], k_BTKH[0], v_BTKH[0], kv, sinks_N, jnp.asarray(layer), jnp.asarray(window)
         )
         return o_TNH[None], kv
 

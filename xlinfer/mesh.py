@@ -21,6 +21,7 @@ RULES: Mapping[str, str | None] = {
     "experts": TENSOR,
     "expert_ffw": None,
     "routes": None,
+    "positions": None,
     "hidden": None,
     "head_dim": None,
     "layers": None,

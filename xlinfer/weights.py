@@ -16,7 +16,16 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from converters import Checkpoint, Layout, Rule, Step, open_checkpoint, parameter_rules, read_tensor
+from converters import (
+    Checkpoint,
+    Layout,
+    Rule,
+    Step,
+    cut_out,
+    open_checkpoint,
+    parameter_rules,
+    read_tensor,
+)
 from pallas_kernels.devices import Device
 from xlinfer.config import ModelConfig
 from xlinfer.converted import is_converted, read_manifest, read_parameters
@@ -47,6 +56,7 @@ AXES: Mapping[str, str | None] = {
     "P": "expert_ffw",
     "I": "expert_ffw",
     "S": "ffw",
+    "M": "positions",
 }
 
 
@@ -112,7 +122,7 @@ def stored_dtype(checkpoint: Checkpoint) -> np.dtype:
         return _named(read_manifest(checkpoint.path).dtype)
     sizes = Counter[np.dtype]()
     for step in checkpoint.schedule():
-        sizes[step.tensor.dtype] += step.tensor.nbytes
+        sizes[step.tensor.dtype] += step.nbytes
     dtype = sizes.most_common(1)[0][0]
     return DTYPES["float32"] if dtype == np.float64 else dtype
 
@@ -166,22 +176,22 @@ def _stream(
 ) -> dict[tuple, jax.Array]:
     specs = tuple((t.shape, t.dtype, t.sharding) for t in targets.values())
     arrays = dict(zip(targets, _zeros(specs), strict=True))
-    total, done, in_flight = sum(step.tensor.nbytes for step in steps), 0, 0
+    total, done, in_flight = sum(step.nbytes for step in steps), 0, 0
     progress("load", 0, total)
     for step in steps:
-        if in_flight and in_flight + step.tensor.nbytes > in_flight_bytes:
+        if in_flight and in_flight + step.nbytes > in_flight_bytes:
             jax.block_until_ready(arrays)  # each is the newest of its name: all writes are done
             in_flight = 0
         path, layout = step.rule.target, step.rule.layout
-        host = read_tensor(step.tensor)
+        host = cut_out(read_tensor(step.tensor), step.rule)
         if host.dtype == np.float64:  # jax has no such arrays by default
             host = host.astype(np.float32)
         moved = jax.device_put(host, _source_sharding(layout, mesh))
         arrays[path] = _write(
             arrays[path], moved, np.array(step.start, np.int32), layout, targets[path].sharding
         )
-        in_flight += step.tensor.nbytes
-        done += step.tensor.nbytes
+        in_flight += step.nbytes
+        done += step.nbytes
         progress("load", done, total)
     return jax.block_until_ready(arrays)
 

@@ -1,7 +1,6 @@
 """The engine against transformers' greedy tokens, and against itself under every kind of load."""
 
 import gc
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -9,14 +8,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from tests.checkpoints import FAMILIES, GOLDENS
 from xlinfer.compile.store import Store
 from xlinfer.engine.engine import Engine
 from xlinfer.plan import PlanError
 from xlinfer.request import InvalidRequest, Request, SamplingParams, TokenOutput
 from xlinfer.weights import load_model
 
-GOLDENS = Path(__file__).parents[1] / "data" / "goldens"
-FAMILIES = ("llama", "llama3-rope", "mistral-window", "mixtral", "qwen2", "qwen3", "qwen3-moe")
 GREEDY = SamplingParams(temperature=0, max_tokens=12)
 
 
@@ -71,7 +69,14 @@ def random_prompts(count, seed=0, longest=40):
     return [rng.integers(3, 160, rng.integers(1, longest)) for _ in range(count)]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+# What sets the others apart is no business of the engine's: the forward's own tests have them all.
+QUICK = ("llama", "mistral-window", "mixtral", "qwen2", "qwen3", "qwen3-moe")
+
+
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(f, marks=() if f in QUICK else pytest.mark.slow) for f in FAMILIES],
+)
 def test_greedy_equals_transformers(family):
     golden = load_file(GOLDENS / family / "golden.safetensors")
     prompts, want = golden["input_ids"], golden["greedy"].tolist()

@@ -1,25 +1,36 @@
-"""The engine on two and four devices gives one device's tokens."""
+"""The engine gives transformers' tokens and log-probabilities, for each family and on one, two and
+four devices."""
 
-from pathlib import Path
+import itertools
 
 import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from tests.checkpoints import FAMILIES, GOLDENS
 from xlinfer.engine.engine import Engine
 from xlinfer.mesh import make_mesh
 from xlinfer.request import Request, SamplingParams
 from xlinfer.weights import load_model
 
-GOLDENS = Path(__file__).parents[1] / "data" / "goldens"
 # Partial sums are added in another order on each number of devices: float32, logits of size 10.
 ATOL = 1e-4
 
 
-@pytest.mark.parametrize("devices", [2, 4])  # with 4 the two kv heads are replicated
-@pytest.mark.parametrize("family", ["llama", "qwen3", "qwen3-moe"])
-def test_sharded_equals_unsharded(family, devices):
+# The others differ in what the forward's own tests show, on as many devices.
+QUICK = {
+    *itertools.product(("llama", "qwen3", "qwen3-moe"), (2, 4)),
+    *itertools.product(("gemma3", "gpt-oss", "gpt2"), (1,)),
+}
+CASES = [
+    pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow)
+    for case in itertools.product(FAMILIES, (1, 2, 4))
+]
+
+
+@pytest.mark.parametrize("family, devices", CASES)  # with 4 the two kv heads are replicated
+def test_tokens_and_log_probabilities(family, devices):
     golden = load_file(GOLDENS / family / "golden.safetensors")
     prompts, want = golden["input_ids"].tolist(), golden["greedy"].tolist()
     mesh = make_mesh(devices)

@@ -101,7 +101,7 @@ CASES = {
 
 def read(rope, max_position_embeddings=TRAINED, **top):
     constants = Constants("config.json", {"rope_parameters": rope, **top})
-    return read_rope(constants, max_position_embeddings, 10_000.0)
+    return read_rope(constants, max_position_embeddings, 10_000.0, H)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -169,7 +169,7 @@ def test_yarn_defaults_are_the_papers():
 @pytest.mark.parametrize(
     "asked, top, message",
     [
-        ({"rope_type": "longrope", "factor": 2.0}, {}, "'longrope'"),
+        ({"rope_type": "ntk", "factor": 2.0}, {}, "'ntk'"),
         ({"rope_type": "linear"}, {}, "'factor' is missing"),
         ({"rope_type": "linear", "factor": "4"}, {}, "'factor' is '4'"),
         ({"rope_type": "linear", "factor": 4.0, "short_factor": 1}, {}, "'short_factor'"),

@@ -1,5 +1,6 @@
 """One layer."""
 
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -7,12 +8,13 @@ from pallas_kernels.devices import Device
 from xlinfer.config import ModelConfig
 from xlinfer.kvcache import KV, AnyMesh, Attend
 from xlinfer.models.moe import MoE
-from xlinfer.models.parts import MLP, Attention, RMSNorm
+from xlinfer.models.parts import MLP, Attention, hidden_norm
 from xlinfer.models.rope import Angles
 
 
 class Block(nnx.Module):
-    """One layer: pre-norm attention, pre-norm gated MLP or mixture of experts."""
+    """One layer: attention, then an MLP or a mixture of experts, or both at once; `cfg` says where
+    norms are."""
 
     def __init__(
         self,
@@ -23,24 +25,42 @@ class Block(nnx.Module):
         mesh: AnyMesh | None,
         rngs: nnx.Rngs,
     ):
-        self.attn_norm = RMSNorm(cfg.hidden_size, "hidden", cfg.norm_eps, dtype=dtype)
+        if cfg.pre_norm:
+            self.attn_norm = hidden_norm(cfg, dtype)
+            if not cfg.shared_norm:
+                self.mlp_norm = hidden_norm(cfg, dtype)
+        if cfg.post_norm:
+            self.attn_post_norm = hidden_norm(cfg, dtype)
+            self.mlp_post_norm = hidden_norm(cfg, dtype)
         self.attn = Attention(cfg, dtype=dtype, rngs=rngs)
-        self.mlp_norm = RMSNorm(cfg.hidden_size, "hidden", cfg.norm_eps, dtype=dtype)
         if cfg.moe is None:
             self.mlp = MLP(cfg, cfg.intermediate_size, dtype=dtype, rngs=rngs)
         else:
             self.mlp = MoE(cfg, dtype=dtype, device=device, mesh=mesh, rngs=rngs)
+        self.cfg = cfg
 
     def __call__(
         self,
         x_BTD: Float[Array, "B T D"],
-        angles: Angles,
+        angles: Angles | None,
         attend: Attend,
         kv: KV,
         *,
         layer,
         window,
     ) -> tuple[Float[Array, "B T D"], KV]:
-        y_BTD, kv = self.attn(self.attn_norm(x_BTD), angles, attend, kv, layer=layer, window=window)
-        x_BTD += y_BTD
-        return x_BTD + self.mlp(self.mlp_norm(x_BTD)), kv
+        cfg, input_BTD = self.cfg, x_BTD
+        y_BTD = self.attn_norm(x_BTD) if cfg.pre_norm else x_BTD
+        o_BTD, kv = self.attn(y_BTD, angles, attend, kv, layer=layer, window=window)
+        x_BTD = self._plus(x_BTD, self.attn_post_norm(o_BTD) if cfg.post_norm else o_BTD)
+        if not cfg.shared_norm:
+            z_BTD = input_BTD if cfg.parallel else x_BTD
+            y_BTD = self.mlp_norm(z_BTD) if cfg.pre_norm else z_BTD
+        o_BTD = self.mlp(y_BTD)
+        return self._plus(x_BTD, self.mlp_post_norm(o_BTD) if cfg.post_norm else o_BTD), kv
+
+    def _plus(self, x_BTD, y_BTD):
+        if (multiplier := self.cfg.residual_multiplier) != 1.0:
+            # In float32: bf16 has no 0.22.
+            y_BTD = (y_BTD.astype(jnp.float32) * multiplier).astype(y_BTD.dtype)
+        return x_BTD + y_BTD

@@ -46,15 +46,15 @@ def causal_attend(device: Device, mesh: AnyMesh | None) -> Attend:
     """The `attend` over whole sequences, without a cache, by what flash_attention chooses for
     `device`; each device of the mesh's tensor axis attends with its own heads."""
 
-    def attend(q_BTNH, k_BTKH, v_BTKH, kv: KV, *, layer, window, scale):
+    def attend(q_BTNH, k_BTKH, v_BTKH, kv: KV, *, layer, window, scale, softcap=None, sinks_N=None):
         constant = isinstance(window, int)
         if constant and window >= q_BTNH.shape[1]:
             window = None
 
-        def local(q_BTNH, k_BTKH, v_BTKH, traced):
+        def local(q_BTNH, k_BTKH, v_BTKH, sinks_N, traced):
             return flash_attention(
-                q_BTNH, k_BTKH, v_BTKH,
-                window=window if constant else traced, scale=scale, device=device,
+                q_BTNH, k_BTKH, v_BTKH, window=window if constant else traced, scale=scale,
+                softcap=softcap, sinks_N=sinks_N, device=device,
             )  # fmt: skip
 
         if mesh is not None and mesh.size > 1:  # XLA cannot split a kernel among devices
@@ -62,11 +62,11 @@ def causal_attend(device: Device, mesh: AnyMesh | None) -> Attend:
             local = jax.shard_map(
                 local,
                 mesh=mesh,
-                in_specs=(heads, heads, heads, PartitionSpec()),
+                in_specs=(heads, heads, heads, by_head(mesh, before=0), PartitionSpec()),
                 out_specs=heads,
                 check_vma=False,
             )
-        return local(q_BTNH, k_BTKH, v_BTKH, None if constant else window), kv
+        return local(q_BTNH, k_BTKH, v_BTKH, sinks_N, None if constant else window), kv
 
     return attend
 

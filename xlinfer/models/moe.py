@@ -12,17 +12,17 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.devices import Device
-from xlinfer.config import ModelConfig
+from xlinfer.config import Activation, ModelConfig
 from xlinfer.kvcache import AnyMesh
 from xlinfer.mesh import TENSOR
-from xlinfer.models.parts import ACTIVATIONS, MLP, weight
+from xlinfer.models.parts import MLP, activate, bias, weight
 from xlinfer.quant import Experts, grouped_product
 
 Choice = tuple[Float[Array, "T k"], Int[Array, "T k"]]  # weights, and experts by number
 
 
 class MoE(nnx.Module):
-    """Each expert is a gated MLP without biases. They are spread over the mesh's tensor axis, some
+    """Each expert is a gated MLP. They are spread over the mesh's tensor axis, some
     to a device; every device sees all tokens and multiplies its own experts' rows."""
 
     def __init__(
@@ -44,10 +44,15 @@ class MoE(nnx.Module):
         self.down_EDI = weight(
             rngs, dtype, ("experts", "hidden", "expert_ffw"), E, D, I, is_experts=True
         )
+        if cfg.moe.bias:
+            self.router_bias_R = bias(dtype, ("routes",), E)
+            self.gate_up_bias_EI = bias(dtype, ("experts", "expert_ffw"), E, 2 * I)
+            self.down_bias_ED = bias(dtype, ("experts", "hidden"), E, D)
         if (shared := cfg.moe.shared_intermediate_size) is not None:
             self.shared = MLP(cfg, shared, dtype=dtype, rngs=rngs)
             self.shared_gate_D1 = weight(rngs, dtype, ("hidden", None), D, 1)
-        self.moe, self.activation = cfg.moe, cfg.hidden_act
+        self.moe = cfg.moe
+        self.activation: Activation = cfg.hidden_act
         self.device, self.mesh = device, mesh
 
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
@@ -64,6 +69,8 @@ class MoE(nnx.Module):
             "TD,DR->TR", x_TD, self.router_DR[...],
             precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32,
         )  # fmt: skip
+        if self.moe.bias:
+            logits_TR += self.router_bias_R[...].astype(jnp.float32)[None]
         p_TR = jax.nn.softmax(logits_TR, axis=-1)
         weight_Tk, expert_Tk = lax.top_k(p_TR, self.moe.num_experts_per_tok)
         if self.moe.norm_topk_prob:
@@ -73,32 +80,33 @@ class MoE(nnx.Module):
     def experts(self, x_TD: Float[Array, "T D"], choice: Choice) -> Float[Array, "T D"]:
         """The sum of the chosen experts' outputs by their weights."""
         matrices = self.gate_up_EID.get_value(), self.down_EDI.get_value()
+        biases = (self.gate_up_bias_EI[...], self.down_bias_ED[...]) if self.moe.bias else None
         mesh, E = self.mesh, self.moe.num_experts
         if mesh is None or mesh.size == 1:  # XLA cannot split a kernel among devices
-            return self._own(x_TD, choice, matrices, E)
+            return self._own(x_TD, choice, matrices, biases, E)
         axis = TENSOR if TENSOR in mesh.shape else None
 
-        def local(x_TD, choice, matrices):
+        def local(x_TD, choice, matrices, biases):
             if axis is None:
-                return self._own(x_TD, choice, matrices, E)
+                return self._own(x_TD, choice, matrices, biases, E)
             (weight_Tk, expert_Tk), own = choice, E // mesh.shape[axis]
             expert_Tk -= own * lax.axis_index(axis)
             # Another device's is number `own`: it comes after all of this one's.
             expert_Tk = jnp.where((expert_Tk >= 0) & (expert_Tk < own), expert_Tk, own)
-            return lax.psum(self._own(x_TD, (weight_Tk, expert_Tk), matrices, own), axis)
+            return lax.psum(self._own(x_TD, (weight_Tk, expert_Tk), matrices, biases, own), axis)
 
         none = PartitionSpec()
         by_expert = lambda a: PartitionSpec(*[None] * (a.ndim - 3), axis) if a.ndim else none
         run = jax.shard_map(
             local,
             mesh=mesh,
-            in_specs=(none, (none, none), jax.tree.map(by_expert, matrices)),
+            in_specs=(none, (none, none), jax.tree.map(by_expert, matrices), PartitionSpec(axis)),
             out_specs=none,
             check_vma=False,
         )
-        return run(x_TD, choice, matrices)
+        return run(x_TD, choice, matrices, biases)
 
-    def _own(self, x_TD, choice: Choice, matrices: tuple[Experts, Experts], E: int):
+    def _own(self, x_TD, choice: Choice, matrices: tuple[Experts, Experts], biases, E: int):
         """What `E` experts, numbered from 0, add; those numbered E add nothing.
 
         Rows come back by a gather: a scatter would add in the order of its atomics.
@@ -108,9 +116,16 @@ class MoE(nnx.Module):
         order_M = jnp.argsort(expert_M, stable=True)
         row_M = jnp.zeros_like(order_M).at[order_M].set(jnp.arange(order_M.size, dtype=jnp.int32))
         size_E = (expert_M[None] == jnp.arange(E)[:, None]).sum(1, dtype=jnp.int32)
-        product = lambda x_MK, w: grouped_product(x_MK, w, size_E, self.device)
+        sorted_M = expert_M[order_M]
+
+        def product(x_MK, w, which: int):
+            y_MN = grouped_product(x_MK, w, size_E, self.device)
+            if biases is None:
+                return y_MN
+            return y_MN + biases[which].at[sorted_M].get(mode="fill", fill_value=0)  # number E: 0
+
         x_MD = x_TD[order_M // self.moe.num_experts_per_tok]
-        gate_MI, up_MI = jnp.split(product(x_MD, gate_up), 2, axis=-1)
-        y_MD = product(ACTIVATIONS[self.activation](gate_MI) * up_MI, down)
+        gate_MI, up_MI = jnp.split(product(x_MD, gate_up, 0), 2, axis=-1)
+        y_MD = product(activate(self.activation, gate_MI, up_MI), down, 1)
         y_TkD = y_MD[row_M].reshape(*expert_Tk.shape, -1).astype(jnp.float32)
         return (y_TkD * weight_Tk[..., None]).sum(1).astype(x_TD.dtype)

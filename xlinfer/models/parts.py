@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
-from xlinfer.config import ModelConfig
+from xlinfer.config import Activation, ClampedSwiGLU, ModelConfig
 from xlinfer.kvcache import KV, Attend
 from xlinfer.models.rope import Angles, rotate
 from xlinfer.quant import product
@@ -20,7 +20,17 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu": jax.nn.relu,
 }
+
+
+def activate(act: Activation, gate: Array | None, up: Array) -> Array:
+    """What goes into an MLP's last product, of any shape; without a gate, `up` is activated."""
+    if isinstance(act, ClampedSwiGLU):
+        assert gate is not None
+        gate, up = jnp.minimum(gate, act.limit), jnp.clip(up, -act.limit, act.limit)
+        return gate * jax.nn.sigmoid(act.alpha * gate) * (up + 1)
+    return ACTIVATIONS[act](up) if gate is None else ACTIVATIONS[act](gate) * up
 
 
 def weight(
@@ -42,16 +52,52 @@ def bias(dtype, axes: tuple[str, ...], *shape: int) -> nnx.Param:
 
 
 class RMSNorm(nnx.Module):
-    def __init__(self, size: int, axis: str, eps: float, *, dtype):
-        self.scale_D = nnx.Param(jnp.ones((size,), dtype), logical_axes=(axis,))
-        self.eps = eps
+    """With `offset` the weight is 1 + scale, in float32: bf16 has few numbers near 1."""
+
+    def __init__(self, size: int, axis: str, eps: float, *, offset: bool, dtype):
+        init = jnp.zeros if offset else jnp.ones
+        self.scale_D = nnx.Param(init((size,), dtype), logical_axes=(axis,))
+        self.eps, self.offset = eps, offset
 
     def __call__(self, x):
         """Normalizes the last axis; float32 inside, since bf16 squares lose the norm."""
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + self.eps)
-        scale = self.scale_D[...].reshape((1,) * (x.ndim - 1) + (-1,))
+        scale = along_last(self.scale_D, x)
+        if self.offset:
+            return (y * (1 + scale.astype(jnp.float32))).astype(x.dtype)
         return y.astype(x.dtype) * scale
+
+
+class LayerNorm(nnx.Module):
+    def __init__(self, size: int, axis: str, eps: float, *, dtype):
+        self.scale_D = nnx.Param(jnp.ones((size,), dtype), logical_axes=(axis,))
+        self.bias_D = bias(dtype, (axis,), size)
+        self.eps = eps
+
+    def __call__(self, x):
+        """Normalizes the last axis, in float32."""
+        y = x.astype(jnp.float32)
+        y -= y.mean(-1, keepdims=True)
+        y *= jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + self.eps)
+        scale, shift = (along_last(p, x).astype(jnp.float32) for p in (self.scale_D, self.bias_D))
+        return (y * scale + shift).astype(x.dtype)
+
+
+def along_last(param: nnx.Param, x: Array) -> Array:
+    """A vector with as many axes as x, to be multiplied with or added to it."""
+    return param[...].reshape((1,) * (x.ndim - 1) + (-1,))
+
+
+def hidden_norm(cfg: ModelConfig, dtype) -> RMSNorm | LayerNorm:
+    """The kind of norm that the family has, over D."""
+    if cfg.norm == "layer":
+        return LayerNorm(cfg.hidden_size, "hidden", cfg.norm_eps, dtype=dtype)
+    return rms_norm(cfg, cfg.hidden_size, "hidden", dtype)
+
+
+def rms_norm(cfg: ModelConfig, size: int, axis: str, dtype) -> RMSNorm:
+    return RMSNorm(size, axis, cfg.norm_eps, offset=cfg.norm == "rms_offset", dtype=dtype)
 
 
 class Attention(nnx.Module):
@@ -67,31 +113,42 @@ class Attention(nnx.Module):
             self.v_bias_KH = bias(dtype, ("kv_heads", "head_dim"), K, H)
         if cfg.attention_output_bias:
             self.o_bias_D = bias(dtype, ("hidden",), D)
-        if cfg.qk_norm:
-            self.q_norm = RMSNorm(H, "head_dim", cfg.norm_eps, dtype=dtype)
-            self.k_norm = RMSNorm(H, "head_dim", cfg.norm_eps, dtype=dtype)
+        if cfg.qk_norm == "head":
+            self.q_norm = rms_norm(cfg, H, "head_dim", dtype)
+            self.k_norm = rms_norm(cfg, H, "head_dim", dtype)
+        if cfg.qk_norm == "all":
+            self.q_norm = rms_norm(cfg, N * H, "heads", dtype)
+            self.k_norm = rms_norm(cfg, K * H, "kv_heads", dtype)
+        if cfg.sinks:
+            self.sinks_N = bias(dtype, ("heads",), N)
         self.cfg = cfg
 
-    def __call__(self, x_BTD, angles: Angles, attend: Attend, kv: KV, *, layer, window):
+    def __call__(self, x_BTD, angles: Angles | None, attend: Attend, kv: KV, *, layer, window):
+        cfg = self.cfg
         # Without the barrier XLA:TPU carries the layout that heads ask for back to the weights,
         # and copies all layers' at every call (docs/LOG.md).
-        by_head = lambda x: jax.lax.optimization_barrier(x).reshape(
-            *x.shape[:2], -1, self.cfg.head_dim
-        )
+        by_head = lambda x: jax.lax.optimization_barrier(x).reshape(*x.shape[:2], -1, cfg.head_dim)
         q_BTNH = by_head(product(x_BTD, self.q_D_NH))
         k_BTKH = by_head(product(x_BTD, self.k_D_KH))
         v_BTKH = by_head(product(x_BTD, self.v_D_KH))
-        if self.cfg.qkv_bias:
+        if cfg.qkv_bias:
             q_BTNH += self.q_bias_NH[...][None, None]
             k_BTKH += self.k_bias_KH[...][None, None]
             v_BTKH += self.v_bias_KH[...][None, None]
-        if self.cfg.qk_norm:
+        if cfg.qk_norm == "head":
             q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
-        q_BTNH, k_BTKH = rotate(q_BTNH, angles), rotate(k_BTKH, angles)
-        scale = self.cfg.head_dim**-0.5
-        o_BTNH, kv = attend(q_BTNH, k_BTKH, v_BTKH, kv, layer=layer, window=window, scale=scale)
+        if cfg.qk_norm == "all":
+            together = lambda norm, x: norm(x.reshape(*x.shape[:2], -1)).reshape(x.shape)
+            q_BTNH, k_BTKH = together(self.q_norm, q_BTNH), together(self.k_norm, k_BTKH)
+        if angles is not None:
+            q_BTNH, k_BTKH = rotate(q_BTNH, angles), rotate(k_BTKH, angles)
+        o_BTNH, kv = attend(
+            q_BTNH, k_BTKH, v_BTKH, kv, layer=layer, window=window, scale=cfg.attention_scale,
+            softcap=cfg.attention_softcap,
+            sinks_N=self.sinks_N[...].astype(jnp.float32) if cfg.sinks else None,
+        )  # fmt: skip
         y_BTD = product(o_BTNH.reshape(*x_BTD.shape[:2], -1), self.o_NH_D)
-        if self.cfg.attention_output_bias:
+        if cfg.attention_output_bias:
             y_BTD += self.o_bias_D[...][None, None]
         return y_BTD, kv
 
@@ -99,19 +156,25 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     def __init__(self, cfg: ModelConfig, F: int, *, dtype, rngs: nnx.Rngs):
         D = cfg.hidden_size
-        self.gate_DF = matrix(rngs, dtype, ("hidden", "ffw"), D, F)
+        if cfg.gated_mlp:
+            self.gate_DF = matrix(rngs, dtype, ("hidden", "ffw"), D, F)
         self.up_DF = matrix(rngs, dtype, ("hidden", "ffw"), D, F)
         self.down_FD = matrix(rngs, dtype, ("ffw", "hidden"), F, D)
         if cfg.mlp_bias:
-            self.gate_bias_F = bias(dtype, ("ffw",), F)
+            if cfg.gated_mlp:
+                self.gate_bias_F = bias(dtype, ("ffw",), F)
             self.up_bias_F = bias(dtype, ("ffw",), F)
             self.down_bias_D = bias(dtype, ("hidden",), D)
         self.cfg = cfg
 
     def __call__(self, x_BTD):
-        gate_BTF, up_BTF = product(x_BTD, self.gate_DF), product(x_BTD, self.up_DF)
-        if self.cfg.mlp_bias:
-            gate_BTF += self.gate_bias_F[...][None, None]
+        biased, gate_BTF = self.cfg.mlp_bias, None
+        if self.cfg.gated_mlp:
+            gate_BTF = product(x_BTD, self.gate_DF)
+            if biased:
+                gate_BTF += self.gate_bias_F[...][None, None]
+        up_BTF = product(x_BTD, self.up_DF)
+        if biased:
             up_BTF += self.up_bias_F[...][None, None]
-        y_BTD = product(ACTIVATIONS[self.cfg.hidden_act](gate_BTF) * up_BTF, self.down_FD)
-        return y_BTD + self.down_bias_D[...][None, None] if self.cfg.mlp_bias else y_BTD
+        y_BTD = product(activate(self.cfg.hidden_act, gate_BTF, up_BTF), self.down_FD)
+        return y_BTD + self.down_bias_D[...][None, None] if biased else y_BTD

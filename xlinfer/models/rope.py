@@ -10,15 +10,28 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from xlinfer.config import DefaultRope, DynamicRope, LinearRope, Llama3Rope, Rope, YarnRope
+from xlinfer.config import (
+    DefaultRope,
+    DynamicRope,
+    LinearRope,
+    Llama3Rope,
+    LongRope,
+    Rope,
+    YarnRope,
+)
 
 
-def rope_frequencies(rope: Rope, head_dim: int, context_len: int) -> tuple[np.ndarray, float]:
+def rope_frequencies(
+    rope: Rope | None, head_dim: int, context_len: int
+) -> tuple[np.ndarray, float]:
     """Radians per position of each rotated pair [head_dim/2] float32, and the scale of cos, sin.
 
-    `context_len` matters to DynamicRope alone: its base is that of a context of this length.
+    `head_dim` counts the dimensions that are rotated. None turns nothing: zeros. `context_len`
+    matters to DynamicRope, whose base is that of a context of this length, and to LongRope.
     """
     match rope:
+        case None:
+            return np.zeros(head_dim // 2, np.float32), 1.0
         case DefaultRope(theta=theta):
             return _powers(theta, head_dim), 1.0
         case LinearRope(theta=theta, factor=factor):
@@ -29,6 +42,8 @@ def rope_frequencies(rope: Rope, head_dim: int, context_len: int) -> tuple[np.nd
             return _llama3(rope, head_dim), 1.0
         case YarnRope():
             return _yarn(rope, head_dim), rope.attention_factor
+        case LongRope():
+            return _longrope(rope, head_dim, context_len), rope.attention_factor
 
 
 def _powers(theta: float, head_dim: int) -> np.ndarray:
@@ -71,7 +86,14 @@ def _yarn(rope: YarnRope, head_dim: int) -> np.ndarray:
     return (freq_h / rope.factor * (1 - keep_h) + freq_h * keep_h).astype(np.float32)
 
 
-Angles = tuple[Float[Array, "B T h"], Float[Array, "B T h"]]  # cos, sin; h = head_dim/2
+def _longrope(rope: LongRope, head_dim: int, context_len: int) -> np.ndarray:
+    is_long = context_len > rope.original_max_position_embeddings
+    factor_h = np.array(rope.long_factors if is_long else rope.short_factors, np.float32)
+    exponent_h = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    return np.float32(1) / (factor_h * np.float32(rope.theta) ** exponent_h)
+
+
+Angles = tuple[Float[Array, "*X B T h"], Float[Array, "*X B T h"]]  # cos, sin of h pairs
 
 
 def rope_angles(freq_h: np.ndarray, scale: float, pos_BT: Int[Array, "B T"]) -> Angles:
@@ -81,8 +103,13 @@ def rope_angles(freq_h: np.ndarray, scale: float, pos_BT: Int[Array, "B T"]) -> 
 
 
 def rotate(x_BTNH: Float[Array, "B T N H"], angles: Angles) -> Float[Array, "B T N H"]:
-    """Rotate the pairs (first half, second half), Hugging Face's layout; computed in float32."""
+    """Rotate the pairs (first half, second half) of a head's first 2h dimensions, Hugging Face's
+    layout; computed in float32. The other dimensions stay."""
     cos_BT1h, sin_BT1h = (a[:, :, None] for a in angles)
-    a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
-    y_BTNH = jnp.concatenate([a * cos_BT1h - b * sin_BT1h, b * cos_BT1h + a * sin_BT1h], axis=-1)
-    return y_BTNH.astype(x_BTNH.dtype)
+    rotated = 2 * cos_BT1h.shape[-1]
+    a, b = jnp.split(x_BTNH[..., :rotated].astype(jnp.float32), 2, axis=-1)
+    y_BTNR = jnp.concatenate([a * cos_BT1h - b * sin_BT1h, b * cos_BT1h + a * sin_BT1h], axis=-1)
+    y_BTNR = y_BTNR.astype(x_BTNH.dtype)
+    if rotated == x_BTNH.shape[-1]:
+        return y_BTNR
+    return jnp.concatenate([y_BTNR, x_BTNH[..., rotated:]], axis=-1)
