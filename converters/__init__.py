@@ -52,14 +52,16 @@ class Checkpoint:
         Raises CheckpointError unless each tensor has one place, each parameter its tensors, and
         all shapes and dtypes fit; and when a tied head is there and is not the embedding.
         """
-        family = FAMILIES[self.config.model_type]
+        family, tensors = FAMILIES[self.config.model_type], self.tensors
+        if not any(name.startswith(family.prefix) for name in tensors):
+            tensors = {family.prefix + name: info for name, info in tensors.items()}
         copies = family.copies if self.config.tie_word_embeddings else {}
         for name, original in copies.items():
-            if name in self.tensors and original in self.tensors:
-                self._check_copy(self.tensors[name], self.tensors[original])
+            if name in tensors and original in tensors:
+                self._check_copy(tensors[name], tensors[original])
         steps = schedule(
             parameter_rules(self.config, kv_replicas),
-            {name: info for name, info in self.tensors.items() if name not in copies},
+            {name: info for name, info in tensors.items() if name not in copies},
             family.ignored,
             self.path,
         )

@@ -11,13 +11,17 @@ from converters.family import Family
 from converters.gemma import GEMMA
 from converters.gemma2 import GEMMA2
 from converters.gemma3 import GEMMA3_TEXT
+from converters.gpt2 import GPT2
+from converters.gpt_oss import GPT_OSS
 from converters.llama import LLAMA
 from converters.mistral import MISTRAL
 from converters.mixtral import MIXTRAL
+from converters.phi3 import PHI3
 from converters.qwen2 import QWEN2
 from converters.qwen2_moe import QWEN2_MOE
 from converters.qwen3 import QWEN3
 from converters.qwen3_moe import QWEN3_MOE
+from converters.starcoder2 import STARCODER2
 from xlinfer.config import ModelConfig
 
 FAMILIES: Mapping[str, Family] = {
@@ -26,13 +30,17 @@ FAMILIES: Mapping[str, Family] = {
         GEMMA,
         GEMMA2,
         GEMMA3_TEXT,
+        GPT2,
+        GPT_OSS,
         LLAMA,
         MISTRAL,
         MIXTRAL,
+        PHI3,
         QWEN2,
         QWEN2_MOE,
         QWEN3,
         QWEN3_MOE,
+        STARCODER2,
     )
 }
 # Known, and not read: why.

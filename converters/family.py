@@ -13,6 +13,8 @@ class Family:
     model_type: str  # as config.json has it
     read: Callable[[Constants], ModelConfig]
     rows: Callable[[ModelConfig], tuple[Row, ...]]
+    # What some files leave out before every name, as those do that were saved without a head.
+    prefix: str = ""
     ignored: tuple[str, ...]  # patterns of tensors that carry no weight of the model
     # Tensors that a tied checkpoint may hold a second time, and what each must equal.
     copies: Mapping[str, str] = field(default_factory=dict)

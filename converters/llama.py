@@ -99,6 +99,7 @@ def llama_rows(config: ModelConfig, names: Mapping[str, str | Linear] = NAMES) -
     qk_norms = ("q_norm", "k_norm") if config.qk_norm else ()
     return (
         Row("embed_VD", f"{names['embed']}.weight", "V D -> V D"),
+        *(_positions(names["positions"]) if config.learned_positions else ()),
         *_norm(config, "norm", names["norm"]),
         *(row for norm in _norms(config) for row in _norm(config, f"layers.{norm}", names[norm])),
         *(
@@ -106,8 +107,15 @@ def llama_rows(config: ModelConfig, names: Mapping[str, str | Linear] = NAMES) -
             for norm in qk_norms
             for axis in (heads.get(norm, "H"),)
         ),
+        *((Row("layers.attn.sinks_N", str(names["sinks"]), "N -> N"),) if config.sinks else ()),
         *(row for part in _matrices(config) for row in _matrix(config, part, names[part])),
     )
+
+
+def _positions(source: str | Linear) -> tuple[Row, ...]:
+    source = Linear(source) if isinstance(source, str) else source
+    axes = f"{source.outputs or 'M'} D -> M D"
+    return (Row("positions_MD", f"{source.name}.weight", axes, piece=source.piece),)
 
 
 def _norms(config: ModelConfig) -> tuple[str, ...]:

@@ -213,7 +213,7 @@ def schedule(
         for source, start in zip(rule.sources, rule.starts, strict=True)
     ]
     wanted = {source for source, _, _ in steps}
-    missing = [source for source, _, _ in steps if source not in tensors]
+    missing = list(dict.fromkeys(source for source, _, _ in steps if source not in tensors))
     patterns = [re.compile(pattern) for pattern in ignored]
     left_over = [
         name
@@ -223,7 +223,7 @@ def schedule(
     wrong = [
         f"{source} has shape {list(tensors[source].shape)} where the config asks for "
         f"{list(rule.source_shape)}"
-        for source, rule, _ in steps
+        for source, rule in {source: rule for source, rule, _ in steps}.items()
         if source in tensors and tensors[source].shape != rule.source_shape
     ]
     faults = [

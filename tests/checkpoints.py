@@ -14,13 +14,18 @@ FAMILIES = (
     "gemma",
     "gemma2",
     "gemma3",
+    "gpt-oss",
+    "gpt2",
     "llama",
     "llama3-rope",
     "mistral-window",
     "mixtral",
+    "phi3",
+    "phi3-longrope",
     "qwen2",
     "qwen3",
     "qwen3-moe",
+    "starcoder2",
 )
 EXPERTS: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},

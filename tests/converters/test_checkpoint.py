@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from converters import CheckpointError, open_checkpoint, parameter_rules, read_tensor
+from converters import CheckpointError, cut_out, open_checkpoint, parameter_rules, read_tensor
 from converters.families import FAMILIES
+from converters.rules import Row, expand
 from tests.checkpoints import GOLDENS, config, opened, tensors, write
 from xlinfer.config import GenerationConfig
 
@@ -205,6 +206,31 @@ def test_an_error_names_ten_tensors_and_counts_the_rest(tmp_path):
     few = {name: held[name] for name in list(held)[:3]}
     with pytest.raises(CheckpointError, match=f"and {len(held) - 3 - 10} more"):
         open_checkpoint(write(tmp_path, config(), few)).schedule()
+
+
+def test_a_piece_of_a_tensor():
+    """The heads of q, k and v one after the other, or by turns within each head."""
+    cfg = open_checkpoint(GOLDENS / "phi3").config
+    rules = {rule.target: rule for rule in parameter_rules(cfg)}
+    fused = np.arange(64 * 32).reshape(64, 32)
+    for name, piece in (("q_D_NH", fused[:32]), ("k_D_KH", fused[32:48]), ("v_D_KH", fused[48:])):
+        rule = rules["layers", "attn", name]
+        assert rule.source_shape == fused.shape
+        np.testing.assert_array_equal(cut_out(fused, rule), piece)
+    by_turns = expand([Row("k", "qkv", "(K H|H|H) D -> D (K H)", piece=1)], cfg)[0]
+    fused = np.arange(2 * 3 * 8 * 32).reshape(2, 3, 8, 32)
+    got = cut_out(fused.reshape(-1, 32), by_turns)
+    np.testing.assert_array_equal(got, fused[:, 1].reshape(16, 32))
+
+
+def test_names_without_their_prefix(tmp_path):
+    """As GPT-2 itself was published, its causal masks included."""
+    cfg = json.loads((GOLDENS / "gpt2" / "config.json").read_text())
+    held = load_file(GOLDENS / "gpt2" / "model.safetensors")
+    bare = {name.removeprefix("transformer."): array for name, array in held.items()}
+    bare["h.0.attn.bias"] = np.ones((1, 1, 4, 4), np.float32)
+    steps = open_checkpoint(write(tmp_path, cfg, bare)).schedule()
+    assert {step.tensor.name for step in steps} == bare.keys() - {"h.0.attn.bias"}
 
 
 def test_leftovers_of_old_files_are_ignored(tmp_path):

@@ -1,12 +1,29 @@
 """config.json of each family: what is read, what stands for what is absent, what is refused."""
 
+import math
 from dataclasses import replace
 
 import pytest
 
 from converters import CheckpointError
 from tests.checkpoints import config, opened
-from xlinfer.config import DefaultRope, LinearRope, MoE
+from xlinfer.config import ClampedSwiGLU, DefaultRope, LinearRope, MoE, YarnRope
+
+GPT_OSS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+
+
+def phi3(**changes):
+    return config("phi3", **changes)
+
+
+def longrope(**changes):
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2, 3, 4, 5.5]}
+    return {**rope, "original_max_position_embeddings": 16, **changes}
+
+
+def gpt2(**changes):
+    names = {"n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 64, "vocab_size": 64}
+    return {"model_type": "gpt2", **{k: v for k, v in {**names, **changes}.items() if v is not ...}}
 
 
 def test_constants_of_each_family(tmp_path):
@@ -61,6 +78,30 @@ def test_constants_of_each_family(tmp_path):
             "windows",
             (7, None),
         ),
+        (phi3(partial_rotary_factor=0.5), "rotary_dim", 4),
+        (phi3(rope_parameters={"partial_rotary_factor": 0.75}), "rotary_dim", 6),
+        (gpt2(), "intermediate_size", 64),
+        (gpt2(n_inner=20), "intermediate_size", 20),
+        (gpt2(), "ropes", (None, None)),
+        (config("starcoder2", rms_norm_eps=..., use_bias=False), "mlp_bias", False),
+        (
+            config("gpt_oss", **GPT_OSS, rope_parameters=...),
+            "ropes",
+            (
+                YarnRope(
+                    theta=150_000.0,
+                    factor=32.0,
+                    original_max_position_embeddings=4096,
+                    beta_fast=32.0,
+                    beta_slow=1.0,
+                    attention_factor=0.1 * math.log(32) + 1,
+                    truncate=False,
+                ),
+            )
+            * 2,
+        ),
+        (config("gpt_oss", **GPT_OSS), "hidden_act", ClampedSwiGLU(alpha=1.702, limit=7.0)),
+        (config("gpt_oss", **GPT_OSS), "windows", (128, None)),
         (config("gemma", hidden_act="gelu"), "hidden_act", "gelu_tanh"),
         (config("gemma", hidden_act=...), "hidden_act", "gelu_tanh"),
         (config("gemma2", hidden_act=..., sliding_window=7), "windows", (7, None)),
@@ -142,6 +183,30 @@ def test_absent_and_optional_keys(cfg, field, want, tmp_path):
         (config("mixtral", norm_topk_prob=False), "unknown model constant 'norm_topk_prob'"),
         (config("mixtral", attention_bias=True), "'attention_bias' is True"),
         (config("zzz"), "'zzz'. It knows gemma"),
+        (
+            phi3(rope_parameters=longrope(short_factor=[1.0])),
+            "'short_factor' must be a list of 4 nu",
+        ),
+        (phi3(rope_parameters=longrope(long_factor=[1, 2, 3, 0])), "'long_factor' must be a list"),
+        (
+            phi3(rope_parameters=longrope(), original_max_position_embeddings=8),
+            "is 8 outside and 16",
+        ),
+        (phi3(partial_rotary_factor=1.5), "'partial_rotary_factor' is 1.5"),
+        (phi3(partial_rotary_factor=0.4), "0.4 of a head_dim of 8 is no even number"),
+        (phi3(attention_bias=True), "'attention_bias' is True"),
+        (config("gpt_oss", num_experts_per_tok=9, num_local_experts=8), "there are 8 experts"),
+        (
+            config("gpt_oss", **GPT_OSS, swiglu_limit=0),
+            "'swiglu_limit' is 0; it must be a number > 0",
+        ),
+        (config("gpt_oss", hidden_act="gelu"), "'hidden_act' is 'gelu'"),
+        (gpt2(n_embd=...), "'n_embd' is missing"),
+        (gpt2(n_head=0), "'n_head' is 0; it must be an integer >= 1"),
+        (gpt2(activation_function="tanh"), "'activation_function' is 'tanh'"),
+        (gpt2(scale_attn_by_inverse_layer_idx=True), "'scale_attn_by_inverse_layer_idx' is True"),
+        (gpt2(hidden_size=32), "unknown model constant 'hidden_size'"),
+        (config("starcoder2", rms_norm_eps=..., norm_type="rms_norm"), "'norm_type' is 'rms_norm'"),
         (config("gemma3"), "'gemma3' reads images beside text.* It knows gemma"),
         (
             config("gemma2", hidden_act=..., hidden_activation="relu"),

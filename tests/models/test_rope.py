@@ -53,6 +53,13 @@ def llama3(factor, low, high, trained):
     return np.array(out)
 
 
+SHORT, LONG = 1 + np.arange(H // 2) / 100, 1 + np.arange(H // 2) / 4
+LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": SHORT.tolist(),
+    "long_factor": LONG.tolist(),
+    "original_max_position_embeddings": 512,
+}
 CASES = {
     "default": ({"rope_type": "default"}, 4096, base(), 1.0),
     "linear": ({"rope_type": "linear", "factor": 4.0}, 4096, base() / 4, 1.0),
@@ -90,6 +97,9 @@ CASES = {
         yarn(32.0, 1024, 16.0, 2.0, truncate=False),
         1.25,
     ),
+    "longrope short": (LONGROPE, 512, base() / SHORT, math.sqrt(1 + math.log(4) / math.log(512))),
+    "longrope long": (LONGROPE, 513, base() / LONG, math.sqrt(1 + math.log(4) / math.log(512))),
+    "longrope attention": ({**LONGROPE, "attention_factor": 1.3}, 512, base() / SHORT, 1.3),
     "yarn mscale": (
         {"rope_type": "yarn", "factor": 4.0, "mscale": 0.7, "mscale_all_dim": 1.4},
         4096,
