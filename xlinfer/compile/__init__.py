@@ -32,9 +32,9 @@ COMPILER_OPTIONS: Mapping[str, Mapping[str, Any]] = {  # by platform, then by de
         "xla_gpu_autotune_level": 0,
         # Products of one input are merged by writing their weights side by side, at every call.
         "xla_gpu_dot_merger_threshold_mb": 0,
-        # Percent of the memory beyond which values are computed again. XLA counts the donated cache
-        # two more times and would do so always; what fits is xlinfer's plan to say.
-        "xla_gpu_memory_limit_slop_factor": 1000,
+        # It computes values again to save memory, always: XLA counts the donated cache two more
+        # times. What fits is xlinfer's plan to say.
+        "xla_disable_hlo_passes": "rematerialization",
     },
     # Arguments come in tiles of 8 x 128, and XLA wants 16 x 128 for what it multiplies in 16 bits:
     # it would copy all weights at every call (docs/LOG.md).
