@@ -12,15 +12,22 @@ from converters.gemma import GEMMA
 from converters.gemma2 import GEMMA2
 from converters.gemma3 import GEMMA3_TEXT
 from converters.gpt2 import GPT2
+from converters.gpt_neox import GPT_NEOX
 from converters.gpt_oss import GPT_OSS
+from converters.granite import GRANITE
 from converters.llama import LLAMA
 from converters.mistral import MISTRAL
 from converters.mixtral import MIXTRAL
+from converters.olmo2 import OLMO2
+from converters.opt import OPT
+from converters.phi import PHI
 from converters.phi3 import PHI3
 from converters.qwen2 import QWEN2
 from converters.qwen2_moe import QWEN2_MOE
 from converters.qwen3 import QWEN3
 from converters.qwen3_moe import QWEN3_MOE
+from converters.smollm3 import SMOLLM3
+from converters.stablelm import STABLELM
 from converters.starcoder2 import STARCODER2
 from xlinfer.config import ModelConfig
 
@@ -31,15 +38,22 @@ FAMILIES: Mapping[str, Family] = {
         GEMMA2,
         GEMMA3_TEXT,
         GPT2,
+        GPT_NEOX,
         GPT_OSS,
+        GRANITE,
         LLAMA,
         MISTRAL,
         MIXTRAL,
+        OLMO2,
+        OPT,
+        PHI,
         PHI3,
         QWEN2,
         QWEN2_MOE,
         QWEN3,
         QWEN3_MOE,
+        SMOLLM3,
+        STABLELM,
         STARCODER2,
     )
 }

@@ -24,6 +24,7 @@ ABSENT: Mapping[str, Any] = {
     "attn_logit_softcapping": 50.0,
     "final_logit_softcapping": 30.0,
 }
+HARMLESS = gemma.HARMLESS | {"sliding_window_size"}  # a copy of sliding_window; never read
 NAMES = {
     **LLAMA_NAMES,
     "attn_post_norm": f"{LAYER}post_attention_layernorm",
@@ -52,7 +53,7 @@ def gemma2_config(
 
 
 def read_gemma2(constants: Constants) -> ModelConfig:
-    constants = constants.check(known_keys(SIZES, ROPE_KEYS, gemma.HARMLESS), gemma.FIXED, ABSENT)
+    constants = constants.check(known_keys(SIZES, ROPE_KEYS, HARMLESS), gemma.FIXED, ABSENT)
     return gemma2_config(
         constants,
         model_type="gemma2",

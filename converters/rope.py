@@ -195,7 +195,9 @@ def take_rotary_factor(constants: Constants, absent: float) -> tuple[Constants, 
         raise CheckpointError(f"{constants.where}: {name} has two values: {found}")
     factor = factors.pop() if factors else absent
     if factor > 1:
-        raise CheckpointError(f"{constants.where}: {name!r} is {factor:g}; it must be at most 1")
+        raise CheckpointError(
+            f"{constants.where}: {constants.key(name)!r} is {factor:g}; it must be at most 1"
+        )
     return constants.having(**{name: ...}), factor
 
 

@@ -126,7 +126,8 @@ def test_every_tensor_has_one_place(model_type, shards, tmp_path):
     steps = checkpoint.schedule()
     assert {step.tensor.name for step in steps} == held.keys()
     pieces = sum(step.nbytes for step in steps)
-    assert pieces == sum(array.nbytes for array in held.values()), "each number once"
+    unused = 2 * 4 * cfg["hidden_size"] if model_type == "opt" else 0  # its positions' first rows
+    assert pieces + unused == sum(array.nbytes for array in held.values()), "each number once"
     places = [(step.tensor.file, step.tensor.offset) for step in steps]
     assert places == sorted(places)
     targets = {(step.rule.target, step.start) for step in steps}

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -24,6 +25,23 @@ def longrope(**changes):
 def gpt2(**changes):
     names = {"n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 64, "vocab_size": 64}
     return {"model_type": "gpt2", **{k: v for k, v in {**names, **changes}.items() if v is not ...}}
+
+
+LAYER_NORM: dict[str, Any] = {"rms_norm_eps": ..., "layer_norm_eps": 1e-5, "head_dim": ...}
+PARTIAL: dict[str, Any] = {"head_dim": 8, "rope_parameters": {"partial_rotary_factor": 0.75}}
+
+
+def neox(**changes):
+    no = dict.fromkeys(("rms_norm_eps", "num_key_value_heads", "head_dim", "rope_parameters"), ...)
+    return config("gpt_neox", **{**no, **changes})
+
+
+def opt(**changes):
+    no = dict.fromkeys(
+        ("intermediate_size", "rms_norm_eps", "num_key_value_heads", "head_dim"), ...
+    )
+    no |= dict.fromkeys(("hidden_act", "rope_parameters"), ...)
+    return config("opt", **{**no, "ffn_dim": 24, **changes})
 
 
 def test_constants_of_each_family(tmp_path):
@@ -79,6 +97,25 @@ def test_constants_of_each_family(tmp_path):
             (7, None),
         ),
         (phi3(partial_rotary_factor=0.5), "rotary_dim", 4),
+        (config("granite", logits_scaling=8.0), "logits_divisor", 8.0),
+        (config("granite", attention_multiplier=0.015625), "attention_scale", 0.015625),
+        (
+            config("smollm3", no_rope_layer_interval=2),
+            "ropes",
+            (DefaultRope(theta=1000.0), None),
+        ),
+        (
+            config("smollm3", no_rope_layers=[0, 1], use_sliding_window=True, sliding_window=7),
+            "windows",
+            (7, None),
+        ),
+        (config("stablelm", **LAYER_NORM, partial_rotary_factor=0.5), "rotary_dim", 2),
+        (config("stablelm", **LAYER_NORM, partial_rotary_factor=1), "shared_norm", False),
+        (config("phi", **{**LAYER_NORM, **PARTIAL}), "rotary_dim", 6),
+        (neox(rotary_pct=1.0), "rotary_dim", 4),
+        (neox(rotary_pct=0.5, use_parallel_residual=False), "parallel", False),
+        (neox(rotary_pct=0.5, rotary_emb_base=500), "ropes", (DefaultRope(theta=500.0),) * 2),
+        (opt(word_embed_proj_dim=16), "hidden_act", "relu"),
         (phi3(rope_parameters={"partial_rotary_factor": 0.75}), "rotary_dim", 6),
         (gpt2(), "intermediate_size", 64),
         (gpt2(n_inner=20), "intermediate_size", 20),
@@ -183,6 +220,22 @@ def test_absent_and_optional_keys(cfg, field, want, tmp_path):
         (config("mixtral", norm_topk_prob=False), "unknown model constant 'norm_topk_prob'"),
         (config("mixtral", attention_bias=True), "'attention_bias' is True"),
         (config("zzz"), "'zzz'. It knows gemma"),
+        (config("granite", residual_multiplier=0), "'residual_multiplier' is 0; it must be"),
+        (config("olmo2", clip_qkv=8.0), "unknown model constant 'clip_qkv'"),
+        (config("smollm3", no_rope_layers=[1]), "'no_rope_layers' must be null or 2 of 0 and 1"),
+        (config("smollm3", layer_types=["sliding_attention"] * 2), "use_sliding_window is false"),
+        (config("stablelm", **LAYER_NORM, qk_layernorm=True), "'qk_layernorm' is True"),
+        (config("stablelm", **LAYER_NORM, rotary_pct=0.5), "unknown model constant 'rotary_pct'"),
+        (config("phi", **LAYER_NORM, qk_layernorm=True), "'qk_layernorm' is True"),
+        (
+            config("phi", **{**LAYER_NORM, **PARTIAL}, partial_rotary_factor=0.5),
+            "partial_rotary_factor has two values",
+        ),
+        (neox(rotary_pct=2.0), "'rotary_pct' is 2"),
+        (neox(rms_norm_eps=1e-5), "unknown model constant 'rms_norm_eps'"),
+        (opt(do_layer_norm_before=False), "'do_layer_norm_before' is False"),
+        (opt(word_embed_proj_dim=8), "'word_embed_proj_dim' is not hidden_size, 16"),
+        (opt(ffn_dim=...), "'ffn_dim' is missing"),
         (
             phi3(rope_parameters=longrope(short_factor=[1.0])),
             "'short_factor' must be a list of 4 nu",
