@@ -75,6 +75,8 @@ def described_mesh(
             # libtpu asks the metadata server of a cloud machine who it is; there is none.
             os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
             os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+            # Any will do: `topology_name` says which slice it is.
+            os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v6e-8")
             # Its lock is for the chips; compilers may run side by side.
             os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
             name, bounds = device.topology, {}

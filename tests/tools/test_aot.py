@@ -47,10 +47,11 @@ def test_programs_must_hold_kernels_alias_their_cache_and_copy_no_weights():
     job = aot.Job(aot.ENGINE, "decode_8", "none", "h200")
     good = {
         "spilled": 0, "registers": 168, "alias_bytes": 100, "cache_bytes": 100,
-        "temp_bytes": 5, "most_temp_bytes": 5, "kernels": 1,
+        "temp_bytes": 5, "most_temp_bytes": 5, "kernels": 1, "unwanted": [],
     }  # fmt: skip
     assert aot.faults(job, good) == []
     assert "the cache is copied" in aot.faults(job, good | {"alias_bytes": 99})[0]
+    assert "such: __triton_gemm" in aot.faults(job, good | {"unwanted": ["__triton_gemm"]})[0]
     assert "no Pallas kernel" in aot.faults(job, good | {"kernels": 0})[0]
     assert "6 bytes of temporaries, at most 5" in aot.faults(job, good | {"temp_bytes": 6})[0]
 

@@ -126,6 +126,8 @@ def faults(job: Job, report: dict[str, Any]) -> list[str]:
             found.append(
                 f"{report['temp_bytes']} bytes of temporaries, at most {report['most_temp_bytes']}"
             )
+        if report["unwanted"]:
+            found.append(f"XLA made {len(report['unwanted'])} such: {report['unwanted'][0]}")
         return found
     work = report["work"]
     if job.impl == "mosaic_gpu" and report["registers"] is None:

@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from converters.families import parse_config
 from pallas_kernels import flash_attention
-from pallas_kernels.devices import DEVICES, Device
+from pallas_kernels.devices import DEVICES, GPUS, Device
 from xlinfer.compile import options_for
 from xlinfer.config import ModelConfig
 from xlinfer.deployment import Job, Sizes, deploy, facts_of
@@ -48,6 +48,8 @@ SIZES = Sizes(
     num_pages=NUM_PAGES,
 )  # fmt: skip
 PALLAS_CALL = r'custom_call_target="(tpu_custom_call|mosaic_gpu\w*)"'
+# XLA's own GEMMs, which have poor tiles where no GPU is, and what it computes twice.
+UNWANTED_ON_GPUS = r"__triton\w*gemm|%\S*remat"
 
 
 def compile_program(program: str, bucket: str, quantization: str, device_name: str) -> dict:
@@ -113,6 +115,7 @@ def report(job: Job, device: Device, mesh: Any) -> dict:
         "temp_bytes": memory.temp_size_in_bytes,
         "alias_bytes": memory.alias_size_in_bytes,
         "kernels": len(re.findall(PALLAS_CALL, hlo)),
+        "unwanted": sorted(set(re.findall(UNWANTED_ON_GPUS, hlo))) if device in GPUS else [],
     }
 
 

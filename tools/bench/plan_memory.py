@@ -44,6 +44,7 @@ PAIRS = (
     Pair("llama-3.1-70b", "v6e-8", 8),
     Pair("qwen3-30b-a3b", "h200", 1),
     Pair("qwen3-30b-a3b", "v6e-8", 8),
+    Pair("llama-256-heads", "v5e-256", 256),  # 405B's width: none that is published has as many
 )
 
 
@@ -98,7 +99,7 @@ def measure(pair: Pair, directory: Path) -> dict[str, float]:
 
 def table(found: Mapping[str, Mapping[str, float]]) -> str:
     gib = lambda n: f"{n / 2**30:.2f}"
-    off = lambda ratio: f"{100 * (ratio - 1):+.1f} %"
+    off = lambda ratio: f"{round(100 * (ratio - 1), 1) + 0.0:+.1f} %"
     rows = [
         f"| {name} | {gib(m['weights_and_kv_planned'])} | {off(m['weights_and_kv_ratio'])} "
         f"| {gib(m['temporaries_planned'])} | {gib(m['temporaries'])} | {off(m['total_ratio'])} |"
