@@ -16,7 +16,7 @@ STEPS = {
     ],
     "size": [PYTHON, "-m", "tools.loc"],
     "compiles": [PYTHON, "-m", "tools.aot", "--fast"],
-    "tests": [PYTHON, "-m", "pytest"],
+    "tests": ["./run", "test"],
 }
 
 
