@@ -95,18 +95,12 @@ COPIES = {"lm_head.weight": "model.embed_tokens.weight"}
 
 def llama_rows(config: ModelConfig, names: Mapping[str, str | Linear] = NAMES) -> tuple[Row, ...]:
     """The table for the parts that `config` has, but its experts."""
-    heads = {"q_norm": "(N H)", "k_norm": "(K H)"} if config.qk_norm == "all" else {}
-    qk_norms = ("q_norm", "k_norm") if config.qk_norm else ()
     return (
         Row("embed_VD", f"{names['embed']}.weight", "V D -> V D"),
         *(_positions(names["positions"]) if config.learned_positions else ()),
         *_norm(config, "norm", names["norm"]),
         *(row for norm in _norms(config) for row in _norm(config, f"layers.{norm}", names[norm])),
-        *(
-            Row(f"layers.attn.{norm}.scale_D", f"{names[norm]}.weight", f"{axis} -> {axis}")
-            for norm in qk_norms
-            for axis in (heads.get(norm, "H"),)
-        ),
+        *(_qk_norms(config, names) if config.qk_norm else ()),
         *((Row("layers.attn.sinks_N", str(names["sinks"]), "N -> N"),) if config.sinks else ()),
         *(row for part in _matrices(config) for row in _matrix(config, part, names[part])),
     )
@@ -129,6 +123,14 @@ def _norm(config: ModelConfig, target: str, source: str | Linear) -> tuple[Row, 
     scale = Row(f"{target}.scale_D", f"{source}.weight", "D -> D")
     bias = Row(f"{target}.bias_D", f"{source}.bias", "D -> D")
     return (scale, bias) if config.norm == "layer" else (scale,)
+
+
+def _qk_norms(config: ModelConfig, names: Mapping[str, str | Linear]) -> tuple[Row, ...]:
+    q, k = ("(N H)", "(K H)") if config.qk_norm == "all" else ("H", "H")
+    return (
+        Row("layers.attn.q_norm.scale_D", f"{names['q_norm']}.weight", f"{q} -> {q}"),
+        Row("layers.attn.k_norm.scale_D", f"{names['k_norm']}.weight", f"{k} -> {k}"),
+    )
 
 
 def _matrices(config: ModelConfig) -> tuple[str, ...]:

@@ -26,7 +26,11 @@ ABSENT: Mapping[str, Any] = {
 }
 ABSENT_ROPE_THETA = 10_000.0
 ABSENT_ROTARY_FACTOR = 0.5
-FIXED: Mapping[str, tuple[Any, ...]] = {**PARTIAL_ROTARY, "qk_layernorm": (False,)}
+FIXED: Mapping[str, tuple[Any, ...]] = {
+    **PARTIAL_ROTARY,
+    "qk_layernorm": (False,),
+    "tie_word_embeddings": (False,),  # the head has a bias
+}
 NAMES = {
     **LLAMA_NAMES,
     "norm": "model.final_layernorm",

@@ -227,6 +227,7 @@ def test_absent_and_optional_keys(cfg, field, want, tmp_path):
         (config("stablelm", **LAYER_NORM, qk_layernorm=True), "'qk_layernorm' is True"),
         (config("stablelm", **LAYER_NORM, rotary_pct=0.5), "unknown model constant 'rotary_pct'"),
         (config("phi", **LAYER_NORM, qk_layernorm=True), "'qk_layernorm' is True"),
+        (config("phi", **LAYER_NORM, tie_word_embeddings=True), "'tie_word_embeddings' is True"),
         (
             config("phi", **{**LAYER_NORM, **PARTIAL}, partial_rotary_factor=0.5),
             "partial_rotary_factor has two values",
