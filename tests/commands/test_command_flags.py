@@ -1,13 +1,18 @@
 """The command line of plan and compile, and what comes of it."""
 
+from pathlib import Path
+
 import pytest
 from absl import flags
 
+from xlinfer.commands.costs import work_of
 from xlinfer.commands.flags import define, parse, setup_of, wish_of
-from xlinfer.deployment import Sizes
+from xlinfer.deployment import Sizes, bytes_on_one
 from xlinfer.flags import UsageError
 from xlinfer.serve.build import DEMO_MODEL
-from xlinfer.setup import deployment_for, deployment_of, find_target, shapes_for
+from xlinfer.setup import deployment_for, deployment_of, find_target, model_config, shapes_for
+
+GOLDENS = Path(__file__).parents[1] / "data" / "goldens"
 
 
 def values_of(*argv: str) -> flags.FlagValues:
@@ -51,3 +56,13 @@ def test_the_number_of_programs_is_that_of_the_jobs():
     setup, planned = setup_of(values_of(str(DEMO_MODEL), "--target=cpu")), plan_for(wish)
     count = report(planned, (), wish, context=64)["programs"]["count"]
     assert count == len(deployment_for(setup).jobs())
+
+
+def test_a_step_reads_its_tokens_rows_of_the_tables():
+    """Embedding and learned positions are looked up; neither counts as a layer's weights."""
+    setup = setup_of(values_of(str(GOLDENS / "gpt2"), "--target=cpu"))
+    deployment = deployment_for(setup)
+    work = work_of(deployment, model_config(setup))
+    sizes = dict(zip(deployment.paths, map(bytes_on_one, deployment.params), strict=True))
+    tables = {sizes.pop("positions_MD"), sizes.pop("embed_VD")}
+    assert work.layer_bytes == sum(sizes.values()) and work.head_bytes in tables

@@ -13,6 +13,7 @@ from xlinfer.plan.roofline import Rates, Work
 from xlinfer.target import Chip
 
 EMBEDDING, HEAD = "embed_VD", "head_DV"
+TABLES = (EMBEDDING, "positions_MD")  # of which a step reads its tokens' rows
 EXPERTS = re.compile(r"\.(gate_up_EID|down_EDI)\b")
 NO_MATRIX = re.compile(r"(bias|scale)")  # of a product: those of norms and QTensors
 
@@ -26,7 +27,7 @@ def work_of(deployment: Deployment, config: ModelConfig) -> Work:
         size, numbers = bytes_on_one(x), _numbers(x)
         if path == HEAD or (path == EMBEDDING and config.tie_word_embeddings):
             head_bytes, head_flops = size, 2 * numbers
-        elif path == EMBEDDING:
+        elif path in TABLES:
             continue
         elif EXPERTS.search(path):
             expert_bytes += size
