@@ -165,7 +165,10 @@ def test_installs_once_with_hashes_and_passes_arguments_on(checkout, bin_folder,
 def test_development_packages_include_the_server_and_run_in_the_checkout(checkout, bin_folder):
     new_python(bin_folder / "python3")
     done = run(checkout, "test", "tests/x", path=bin_folder)
-    assert done.stdout == f"ran in {checkout}: -m pytest tests/x\n"
+    assert (
+        done.stdout
+        == f"ran in {checkout}: -m pytest --numprocesses=auto --maxprocesses=4 tests/x\n"
+    )
     run(checkout, "serve", path=bin_folder)
     assert installs(bin_folder) == ["requirements-dev.lock", "-e"]
 
