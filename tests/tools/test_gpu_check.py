@@ -17,8 +17,8 @@ from pallas_kernels import tuning
 from pallas_kernels.cases import OPS
 from pallas_kernels.devices import DEVICES
 from tools.gpu_check import __main__ as gpu_check
+from tools.gpu_check import engine, measure, runner, summary, targets
 from tools.gpu_check import job as jobs
-from tools.gpu_check import measure, runner, summary, targets
 from tools.gpu_check.entrants import errors, passes
 
 ROOT = Path(__file__).parents[2]
@@ -370,6 +370,10 @@ def test_an_artifact_starts_without_compiling_and_gives_the_same_tokens(tmp_path
     assert starts["artifact"]["plan"] == starts["uncached"]["plan"]
     compared = [r for r in records if "compared" in r]
     assert len(compared) == 2 and all(r["equal"] and r["tokens"] == 128 for r in compared)
+
+
+def test_every_engine_can_be_named():
+    assert set(engine.ENGINES) == {*gpu_check.ENGINES, *gpu_check.TRIALS}
 
 
 @pytest.mark.slow

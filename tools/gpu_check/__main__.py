@@ -35,6 +35,8 @@ PARTS = {  # and their shares of the time
     "tuning": 11,
 }
 ENGINES = ("bf16", "w4a16", "fp8")
+# With other options of XLA's compiler (engine.py); run when named.
+TRIALS = ("bf16_one_graph", "bf16_stored_graphs", "bf16_no_graphs", "bf16_autotuned")
 LEAST_S = 5  # a worker is not started for less
 
 
@@ -47,7 +49,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--part", action="append", choices=PARTS, help="only this; repeatable")
     parser.add_argument("--op", action="append", choices=OPS, help="only this; repeatable")
     parser.add_argument(
-        "--engine", action="append", choices=ENGINES, help="only this quantization; repeatable"
+        "--engine", action="append", choices=ENGINES + TRIALS, help="only this; repeatable"
     )
     parser.add_argument("--budget_s", type=float, default=540.0, help="seconds in all")
     parser.add_argument(
@@ -72,7 +74,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
         parser.error("--artifact: a dry run compiles its own")
     args.part = [p for p in PARTS if not args.part or p in args.part]
     args.op = [op for op in OPS if not args.op or op in args.op]
-    args.engine = [e for e in ENGINES if not args.engine or e in args.engine]
+    args.engine = args.engine or list(ENGINES)
     args.output = args.output or Path(os.environ.get("OUT") or ROOT / "docs" / "benchmarks")
     return args
 

@@ -6,8 +6,9 @@ reads too, is left out of the ceiling, so a large batch cannot reach it.
 """
 
 import time
+from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,18 +20,47 @@ from converters.errors import read_object
 from tools.gpu_check.job import Job, device_here, progress, record
 from tools.gpu_check.measure import nbytes
 from tools.gpu_check.starts import model_file
+from xlinfer import compile
 from xlinfer.config import ModelConfig
 from xlinfer.engine.engine import Engine
 from xlinfer.models.transformer import Transformer
 from xlinfer.quant import quantize_model
 from xlinfer.request import Request, SamplingParams
 
-QUANTIZATIONS = {"bf16": None, "w4a16": "int4", "fp8": "fp8"}
+
+class Way(NamedTuple):
+    quantization: str | None = None
+    options: Mapping[str, Any] = {}  # of XLA's compiler, over those that xlinfer sets for GPUs
+
+
+GRAPHS = "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,CONDITIONAL"
+ENGINES = {
+    "bf16": Way(),
+    "w4a16": Way("int4"),
+    "fp8": Way("fp8"),
+    # What xlinfer's options should be is to be read from these (docs/LOG.md): all layers as one
+    # CUDA graph; a larger store of graphs for those of each layer; none; GEMMs that XLA has timed.
+    "bf16_one_graph": Way(
+        options={
+            "xla_gpu_enable_command_buffer": f"{GRAPHS},WHILE",
+            "xla_gpu_command_buffer_unroll_loops": True,
+            "xla_cmd_buffer_trace_cache_size": 256,
+        }
+    ),
+    "bf16_stored_graphs": Way(options={"xla_cmd_buffer_trace_cache_size": 256}),
+    "bf16_no_graphs": Way(options={"xla_gpu_graph_min_graph_size": 10**6}),
+    "bf16_autotuned": Way(
+        options={"xla_gpu_enable_triton_gemm": True, "xla_gpu_autotune_level": 4}
+    ),
+}
 
 
 def main(job: Job) -> None:
-    """The quantizations named in the place of ops; each should have a process of its own."""
+    """The engines named in the place of ops. Each needs a process of its own: the options are
+    that process's."""
     for name in job.ops:
+        own = compile.COMPILER_OPTIONS
+        compile.COMPILER_OPTIONS = {**own, "cuda": {**own["cuda"], **ENGINES[name].options}}
         record(quantization=name, **run(job, name))
 
 
@@ -40,7 +70,7 @@ def run(job: Job, name: str) -> dict[str, Any]:
     prompt, answer = (8, 24) if job.dry_run else (128, 256)
     long, prompts = (64, 2) if job.dry_run else (2048, 16)
     started = time.monotonic()
-    model = build(cfg, QUANTIZATIONS[name], job)
+    model = build(cfg, ENGINES[name].quantization, job)
     params = jax.block_until_ready(nnx.state(model))
     read_bytes = nbytes(params) - nbytes(model.embed_VD.get_value())
     found: dict[str, Any] = {
