@@ -81,7 +81,8 @@ def help_text(values: flags.FlagValues, hidden: Collection[str]) -> str:
     lines = ["Flags:"]
     for name in sorted(set(values) - set(hidden)):
         flag = values[name]
-        default = "" if flag.default in (None, False, "", []) else f" (default: {flag.default})"
+        silent = flag.default is False or flag.default in (None, "", [])
+        default = "" if silent else f" (default: {flag.default})"
         lines.append(f"  --[no]{name}" if flag.boolean else f"  --{name}")
         about = flag.help.partition(";\n    repeat this option")[0]
         lines += textwrap.wrap(
