@@ -5,8 +5,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from converters.bloom import BLOOM
 from converters.config import Constants
 from converters.errors import CheckpointError
+from converters.falcon import FALCON
 from converters.family import Family
 from converters.gemma import GEMMA
 from converters.gemma2 import GEMMA2
@@ -34,6 +36,8 @@ from xlinfer.config import ModelConfig
 FAMILIES: Mapping[str, Family] = {
     family.model_type: family
     for family in (
+        BLOOM,
+        FALCON,
         GEMMA,
         GEMMA2,
         GEMMA3_TEXT,

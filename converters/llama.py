@@ -98,6 +98,7 @@ def llama_rows(config: ModelConfig, names: Mapping[str, str | Linear] = NAMES) -
     return (
         Row("embed_VD", f"{names['embed']}.weight", "V D -> V D"),
         *(_positions(names["positions"]) if config.learned_positions else ()),
+        *(_norm(config, "embed_norm", names["embed_norm"]) if config.embedding_norm else ()),
         *_norm(config, "norm", names["norm"]),
         *(row for norm in _norms(config) for row in _norm(config, f"layers.{norm}", names[norm])),
         *(_qk_norms(config, names) if config.qk_norm else ()),
@@ -210,6 +211,7 @@ def llama_config(
         shared_norm=False,
         ropes=(rope,) * layers,
         rotary_dim=rotary_dim,
+        alibi=False,
         learned_positions=False,
         windows=windows,
         attention_scale=size**-0.5,
@@ -220,6 +222,7 @@ def llama_config(
         mlp_bias=mlp_bias,
         moe=moe,
         qk_norm=qk_norm,
+        embedding_norm=False,
         embedding_multiplier=1.0,
         residual_multiplier=1.0,
         logits_divisor=1.0,

@@ -11,6 +11,8 @@ from converters import Checkpoint, open_checkpoint
 
 GOLDENS = Path(__file__).parent / "data" / "goldens"
 FAMILIES = (
+    "bloom",
+    "falcon",
     "gemma",
     "gemma2",
     "gemma3",

@@ -116,6 +116,7 @@ class ModelConfig:
     shared_norm: bool  # with `parallel`: and by the same norm
     ropes: tuple[Rope | None, ...]  # per layer; None: q and k are not rotated
     rotary_dim: int  # even; of each head, the dimensions that are rotated: its first
+    alibi: bool  # a score falls with the distance, by a slope of each head's (arXiv 2108.12409)
     learned_positions: bool  # max_position_embeddings vectors, added to the embedding
     windows: tuple[int | None, ...]  # per layer: tokens seen, itself included; None sees all
     attention_scale: float  # multiplies q·k
@@ -127,6 +128,7 @@ class ModelConfig:
     moe: MoE | None  # None: every layer has an MLP
     # RMSNorm of q and k before rope: over each head, or over all heads together.
     qk_norm: Literal["head", "all"] | None
+    embedding_norm: bool  # the embedding is normalized
     embedding_multiplier: float  # rounded to the dtype
     residual_multiplier: float  # of what attention and MLP add
     logits_divisor: float

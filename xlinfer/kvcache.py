@@ -41,8 +41,9 @@ class Attend(Protocol):
     q [B, T, N, H], k and v [B, T, K, H] -> o [B, T, N, H] and the cache with k and v in it.
     `layer` is the layer's index, `window` the number of tokens a query sees (itself included),
     both Python or traced integers; `scale` multiplies q·k. A score s becomes
-    softcap * tanh(s / softcap) where that is given; exp(sinks_N[n]), float32, joins the
-    denominator of head n's softmax.
+    softcap * tanh(s / softcap) where that is given, and gains
+    alibi_N[n] * (key position - query position); exp(sinks_N[n]) joins the denominator of head n's
+    softmax. Sinks and slopes are float32.
     """
 
     def __call__(
@@ -57,6 +58,7 @@ class Attend(Protocol):
         scale: float,
         softcap: float | None = None,
         sinks_N: Array | None = None,
+        alibi_N: Array | None = None,
     ) -> tuple[Array, KV]: ...
 
 
@@ -117,29 +119,31 @@ def paged_attend(
     tensor axis attends with its own heads."""
 
     def attend(
-        q_BTNH, k_BTKH, v_BTKH, kv: Cache, *, layer, window, scale, softcap=None, sinks_N=None
-    ):
-        def local(q_TNH, k_TKH, v_TKH, kv, sinks_N, layer, window):
+        q_BTNH, k_BTKH, v_BTKH, kv: Cache, *,
+        layer, window, scale, softcap=None, sinks_N=None, alibi_N=None,
+    ):  # fmt: skip
+        def local(q_TNH, k_TKH, v_TKH, kv, sinks_N, alibi_N, layer, window):
             return write_and_attend(
                 q_TNH, k_TKH, v_TKH, kv, layer, page_T, slot_T, ragged,
-                window=window, scale=scale, softcap=softcap, sinks_N=sinks_N,
+                window=window, scale=scale, softcap=softcap, sinks_N=sinks_N, alibi_N=alibi_N,
                 decode_only=decode_only, device=device, impl=impl,
             )  # fmt: skip
 
         if mesh.size > 1:
-            heads, none = by_head(mesh, before=1), PartitionSpec()
+            heads, one, none = by_head(mesh, before=1), by_head(mesh, before=0), PartitionSpec()
             cache = by_head(mesh, before=heads_axis(impl))
             kv_specs = jax.tree.map(lambda _: cache, kv)
             local = jax.shard_map(
                 local,
                 mesh=mesh,
-                in_specs=(heads, heads, heads, kv_specs, by_head(mesh, before=0), none, none),
+                in_specs=(heads, heads, heads, kv_specs, one, one, none, none),
                 out_specs=(heads, kv_specs),
                 check_vma=False,
             )
         o_TNH, kv = local(
-            q_BTNH[0], k_BTKH[0], v_BTKH[0], kv, sinks_N, jnp.asarray(layer), jnp.asarray(window)
-        )
+            q_BTNH[0], k_BTKH[0], v_BTKH[0], kv, sinks_N, alibi_N, jnp.asarray(layer),
+            jnp.asarray(window),
+        )  # fmt: skip
         return o_TNH[None], kv
 
     return attend

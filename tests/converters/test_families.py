@@ -44,6 +44,16 @@ def opt(**changes):
     return config("opt", **{**no, "ffn_dim": 24, **changes})
 
 
+def bloom(**changes):
+    names = {"hidden_size": 16, "n_layer": 2, "n_head": 4, "vocab_size": 64}
+    return {"model_type": "bloom", **names, **changes}
+
+
+def falcon(**changes):
+    names = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return {"model_type": "falcon", **names, "vocab_size": 64, **changes}
+
+
 def test_constants_of_each_family(tmp_path):
     llama = opened(tmp_path, config()).config
     assert (llama.hidden_size, llama.num_layers, llama.num_heads) == (16, 2, 4)
@@ -117,6 +127,12 @@ def test_constants_of_each_family(tmp_path):
         (neox(rotary_pct=0.5, rotary_emb_base=500), "ropes", (DefaultRope(theta=500.0),) * 2),
         (opt(word_embed_proj_dim=16), "hidden_act", "relu"),
         (phi3(rope_parameters={"partial_rotary_factor": 0.75}), "rotary_dim", 6),
+        (bloom(), "max_position_embeddings", 2048),
+        (bloom(seq_length=512), "max_position_embeddings", 512),
+        (bloom(), "intermediate_size", 64),
+        (falcon(), "num_kv_heads", 1),
+        (falcon(), "max_position_embeddings", 2048),
+        (falcon(ffn_hidden_size=20, bias=True), "mlp_bias", True),
         (gpt2(), "intermediate_size", 64),
         (gpt2(n_inner=20), "intermediate_size", 20),
         (gpt2(), "ropes", (None, None)),
@@ -173,6 +189,10 @@ def test_absent_and_optional_keys(cfg, field, want, tmp_path):
 @pytest.mark.parametrize(
     "cfg, message",
     [
+        (bloom(apply_residual_connection_post_layernorm=True), "xlinfer computes only False"),
+        (falcon(new_decoder_architecture=True), "'new_decoder_architecture' is True"),
+        (falcon(alibi=True), "'alibi' is True; xlinfer computes only False"),
+        (falcon(multi_query=False), "'multi_query' is False"),
         (config(foo=1), "unknown model constant 'foo'"),
         (config(foo=1, bar=2), "'bar', 'foo'"),
         (config(logits_scaling=8.0), "'logits_scaling'"),
@@ -219,7 +239,7 @@ def test_absent_and_optional_keys(cfg, field, want, tmp_path):
         (config("qwen2_moe", shared_expert_intermediate_size=...), "'shared_expert_int.* missing"),
         (config("mixtral", norm_topk_prob=False), "unknown model constant 'norm_topk_prob'"),
         (config("mixtral", attention_bias=True), "'attention_bias' is True"),
-        (config("zzz"), "'zzz'. It knows gemma"),
+        (config("zzz"), "'zzz'. It knows bloom"),
         (config("granite", residual_multiplier=0), "'residual_multiplier' is 0; it must be"),
         (config("olmo2", clip_qkv=8.0), "unknown model constant 'clip_qkv'"),
         (config("smollm3", no_rope_layers=[1]), "'no_rope_layers' must be null or 2 of 0 and 1"),
@@ -261,7 +281,7 @@ def test_absent_and_optional_keys(cfg, field, want, tmp_path):
         (gpt2(scale_attn_by_inverse_layer_idx=True), "'scale_attn_by_inverse_layer_idx' is True"),
         (gpt2(hidden_size=32), "unknown model constant 'hidden_size'"),
         (config("starcoder2", rms_norm_eps=..., norm_type="rms_norm"), "'norm_type' is 'rms_norm'"),
-        (config("gemma3"), "'gemma3' reads images beside text.* It knows gemma"),
+        (config("gemma3"), "'gemma3' reads images beside text.* It knows bloom"),
         (
             config("gemma2", hidden_act=..., hidden_activation="relu"),
             "'hidden_activation' is 'relu'",

@@ -46,27 +46,31 @@ def causal_attend(device: Device, mesh: AnyMesh | None) -> Attend:
     """The `attend` over whole sequences, without a cache, by what flash_attention chooses for
     `device`; each device of the mesh's tensor axis attends with its own heads."""
 
-    def attend(q_BTNH, k_BTKH, v_BTKH, kv: KV, *, layer, window, scale, softcap=None, sinks_N=None):
+    def attend(
+        q_BTNH, k_BTKH, v_BTKH, kv: KV, *,
+        layer, window, scale, softcap=None, sinks_N=None, alibi_N=None,
+    ):  # fmt: skip
         constant = isinstance(window, int)
         if constant and window >= q_BTNH.shape[1]:
             window = None
 
-        def local(q_BTNH, k_BTKH, v_BTKH, sinks_N, traced):
+        def local(q_BTNH, k_BTKH, v_BTKH, sinks_N, alibi_N, traced):
             return flash_attention(
                 q_BTNH, k_BTKH, v_BTKH, window=window if constant else traced, scale=scale,
-                softcap=softcap, sinks_N=sinks_N, device=device,
+                softcap=softcap, sinks_N=sinks_N, alibi_N=alibi_N, device=device,
             )  # fmt: skip
 
         if mesh is not None and mesh.size > 1:  # XLA cannot split a kernel among devices
-            heads = by_head(mesh, before=2)
+            heads, one = by_head(mesh, before=2), by_head(mesh, before=0)
             local = jax.shard_map(
                 local,
                 mesh=mesh,
-                in_specs=(heads, heads, heads, by_head(mesh, before=0), PartitionSpec()),
+                in_specs=(heads, heads, heads, one, one, PartitionSpec()),
                 out_specs=heads,
                 check_vma=False,
             )
-        return local(q_BTNH, k_BTKH, v_BTKH, sinks_N, None if constant else window), kv
+        traced = None if constant else window
+        return local(q_BTNH, k_BTKH, v_BTKH, sinks_N, alibi_N, traced), kv
 
     return attend
 

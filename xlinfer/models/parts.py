@@ -9,7 +9,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from xlinfer.config import Activation, ClampedSwiGLU, ModelConfig
 from xlinfer.kvcache import KV, Attend
@@ -146,11 +146,21 @@ class Attention(nnx.Module):
             q_BTNH, k_BTKH, v_BTKH, kv, layer=layer, window=window, scale=cfg.attention_scale,
             softcap=cfg.attention_softcap,
             sinks_N=self.sinks_N[...].astype(jnp.float32) if cfg.sinks else None,
+            alibi_N=alibi_slopes(cfg.num_heads) if cfg.alibi else None,
         )  # fmt: skip
         y_BTD = product(o_BTNH.reshape(*x_BTD.shape[:2], -1), self.o_NH_D)
         if cfg.attention_output_bias:
             y_BTD += self.o_bias_D[...][None, None]
         return y_BTD, kv
+
+
+def alibi_slopes(num_heads: int) -> Float[Array, " N"]:
+    """Powers of 2^(-8/n) for n heads; where n is no power of two, those of the one below it and
+    then every other one of the next (arXiv 2108.12409, and the code published with it)."""
+    below = 2 ** (num_heads.bit_length() - 1)
+    exponents = [8 * i / below for i in range(1, below + 1)]
+    exponents += [4 * i / below for i in range(1, 2 * (num_heads - below), 2)]
+    return jnp.asarray([2.0**-e for e in exponents], jnp.float32)
 
 
 class MLP(nnx.Module):

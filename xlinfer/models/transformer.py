@@ -38,6 +38,8 @@ class Transformer(nnx.Module):
     ):
         V, D, M = cfg.vocab_size, cfg.hidden_size, cfg.max_position_embeddings
         self.embed_VD = weight(rngs, dtype, ("vocab", "hidden"), V, D)
+        if cfg.embedding_norm:
+            self.embed_norm = hidden_norm(cfg, dtype)
         if cfg.learned_positions:
             self.positions_MD = weight(rngs, dtype, ("positions", "hidden"), M, D)
 
@@ -99,6 +101,8 @@ class Transformer(nnx.Module):
 
         index_L = jnp.arange(self.cfg.num_layers)
         x_BTD = self.embed_VD[...][tokens_BT]
+        if self.cfg.embedding_norm:
+            x_BTD = self.embed_norm(x_BTD)
         if self.cfg.embedding_multiplier != 1.0:
             x_BTD *= self.cfg.embedding_multiplier
         if self.cfg.learned_positions:
