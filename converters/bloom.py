@@ -67,12 +67,9 @@ def read_bloom(constants: Constants) -> ModelConfig:
         ),
         model_type="bloom",
         absent_rope_theta=None,
-        windows=(None,) * constants.integer("num_hidden_layers"),
         qkv_bias=True,
         attention_output_bias=True,
         mlp_bias=True,
-        qk_norm=None,
-        moe=None,
     )
     return replace(config, norm="layer", gated_mlp=False, alibi=True, embedding_norm=True)
 

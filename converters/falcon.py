@@ -67,12 +67,9 @@ def read_falcon(constants: Constants) -> ModelConfig:
         constants,
         model_type="falcon",
         absent_rope_theta=ABSENT_ROPE_THETA,
-        windows=(None,) * constants.integer("num_hidden_layers"),
         qkv_bias=bias,
         attention_output_bias=bias,
         mlp_bias=bias,
-        qk_norm=None,
-        moe=None,
     )
     return replace(
         config, norm="layer", gated_mlp=False, parallel=True, shared_norm=True, num_kv_heads=1

@@ -35,7 +35,7 @@ def gemma_config(
     *,
     model_type: str,
     absent_rope_theta: float,
-    windows: tuple[int | None, ...],
+    windows: tuple[int | None, ...] | None = None,
 ) -> ModelConfig:
     """What Gemma's families read alike."""
     bias = constants.flag("attention_bias")
@@ -46,9 +46,6 @@ def gemma_config(
         windows=windows,
         qkv_bias=bias,
         attention_output_bias=bias,
-        mlp_bias=False,
-        qk_norm=None,
-        moe=None,
     )
     return replace(config, norm="rms_offset", embedding_multiplier=config.hidden_size**0.5)
 
@@ -59,7 +56,6 @@ def read_gemma(constants: Constants) -> ModelConfig:
         constants,
         model_type="gemma",
         absent_rope_theta=ABSENT_ROPE_THETA,
-        windows=(None,) * constants.integer("num_hidden_layers"),
     )
 
 

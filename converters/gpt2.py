@@ -71,12 +71,9 @@ def read_gpt2(constants: Constants) -> ModelConfig:
         constants,
         model_type="gpt2",
         absent_rope_theta=None,
-        windows=(None,) * constants.integer("num_hidden_layers"),
         qkv_bias=True,
         attention_output_bias=True,
         mlp_bias=True,
-        qk_norm=None,
-        moe=None,
     )
     return replace(config, norm="layer", gated_mlp=False, learned_positions=True)
 

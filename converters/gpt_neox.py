@@ -64,12 +64,9 @@ def read_gpt_neox(constants: Constants) -> ModelConfig:
         constants,
         model_type="gpt_neox",
         absent_rope_theta=ABSENT_ROPE_THETA,
-        windows=(None,) * constants.integer("num_hidden_layers"),
         qkv_bias=bias,
         attention_output_bias=bias,
         mlp_bias=True,
-        qk_norm=None,
-        moe=None,
         rotary_factor=rotary_factor,
     )
     parallel = constants.flag("use_parallel_residual")

@@ -74,8 +74,6 @@ def read_gpt_oss(constants: Constants) -> ModelConfig:
         windows=windows_of(constants, kinds, constants.optional_integer("sliding_window")),
         qkv_bias=bias,
         attention_output_bias=bias,
-        mlp_bias=False,
-        qk_norm=None,
         # The softmax over those chosen is that over all, divided by the sum of those chosen.
         moe=moe.read_moe(
             constants, size="intermediate_size", norm_topk_prob=True, shared=None, bias=True

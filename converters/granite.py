@@ -29,12 +29,9 @@ def read_granite(constants: Constants) -> ModelConfig:
         constants,
         model_type="granite",
         absent_rope_theta=llama.ABSENT_ROPE_THETA,
-        windows=(None,) * constants.integer("num_hidden_layers"),
         qkv_bias=bias,
         attention_output_bias=bias,
         mlp_bias=constants.flag("mlp_bias"),
-        qk_norm=None,
-        moe=None,
     )
     return replace(
         config,

@@ -168,16 +168,17 @@ def llama_config(
     *,
     model_type: str,
     absent_rope_theta: float | None,
-    windows: tuple[int | None, ...],
-    qkv_bias: bool,
-    attention_output_bias: bool,
-    mlp_bias: bool,
-    qk_norm: Literal["head", "all"] | None,
-    moe: MoE | None,
+    windows: tuple[int | None, ...] | None = None,
+    qkv_bias: bool = False,
+    attention_output_bias: bool = False,
+    mlp_bias: bool = False,
+    qk_norm: Literal["head", "all"] | None = None,
+    moe: MoE | None = None,
     rotary_factor: float = 1.0,
 ) -> ModelConfig:
     """What Llama-shaped families read alike, and Llama's own where they differ: of that, a family
-    replaces what is not its. `absent_rope_theta` None: nothing is rotated."""
+    replaces what is not its. `absent_rope_theta` None: nothing is rotated; `windows` None: every
+    layer sees all."""
     heads, hidden = constants.integer("num_attention_heads"), constants.integer("hidden_size")
     layers, longest = (
         constants.integer("num_hidden_layers"),
@@ -213,7 +214,7 @@ def llama_config(
         rotary_dim=rotary_dim,
         alibi=False,
         learned_positions=False,
-        windows=windows,
+        windows=windows or (None,) * layers,
         attention_scale=size**-0.5,
         attention_softcap=None,
         sinks=False,
@@ -240,12 +241,9 @@ def read_llama(constants: Constants) -> ModelConfig:
         constants,
         model_type="llama",
         absent_rope_theta=ABSENT_ROPE_THETA,
-        windows=(None,) * constants.integer("num_hidden_layers"),
         qkv_bias=bias,
         attention_output_bias=bias,
         mlp_bias=constants.flag("mlp_bias"),
-        qk_norm=None,
-        moe=None,
     )
 
 

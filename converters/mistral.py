@@ -35,11 +35,6 @@ def read_mistral(constants: Constants) -> ModelConfig:
         model_type="mistral",
         absent_rope_theta=ABSENT_ROPE_THETA,
         windows=(window,) * constants.integer("num_hidden_layers"),
-        qkv_bias=False,
-        attention_output_bias=False,
-        mlp_bias=False,
-        qk_norm=None,
-        moe=None,
     )
 
 

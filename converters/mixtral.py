@@ -32,10 +32,6 @@ def read_mixtral(constants: Constants) -> ModelConfig:
         model_type="mixtral",
         absent_rope_theta=ABSENT_ROPE_THETA,
         windows=(window,) * constants.integer("num_hidden_layers"),
-        qkv_bias=False,
-        attention_output_bias=False,
-        mlp_bias=False,
-        qk_norm=None,
         moe=moe.read_moe(
             constants, size="intermediate_size", norm_topk_prob=True, shared=None, bias=False
         ),

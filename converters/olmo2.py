@@ -37,12 +37,9 @@ def read_olmo2(constants: Constants) -> ModelConfig:
         constants,
         model_type="olmo2",
         absent_rope_theta=ABSENT_ROPE_THETA,
-        windows=(None,) * constants.integer("num_hidden_layers"),
         qkv_bias=bias,
         attention_output_bias=bias,
-        mlp_bias=False,
         qk_norm="all",
-        moe=None,
     )
     return replace(config, pre_norm=False, post_norm=True)
 

@@ -63,12 +63,9 @@ def read_opt(constants: Constants) -> ModelConfig:
         constants.having(rms_norm_eps=NORM_EPS),
         model_type="opt",
         absent_rope_theta=None,
-        windows=(None,) * constants.integer("num_hidden_layers"),
         qkv_bias=bias,
         attention_output_bias=bias,
         mlp_bias=bias,
-        qk_norm=None,
-        moe=None,
     )
     return replace(config, norm="layer", gated_mlp=False, learned_positions=True)
 

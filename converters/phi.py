@@ -48,12 +48,9 @@ def read_phi(constants: Constants) -> ModelConfig:
         constants,
         model_type="phi",
         absent_rope_theta=ABSENT_ROPE_THETA,
-        windows=(None,) * constants.integer("num_hidden_layers"),
         qkv_bias=True,
         attention_output_bias=True,
         mlp_bias=True,
-        qk_norm=None,
-        moe=None,
         rotary_factor=rotary_factor,
     )
     return replace(

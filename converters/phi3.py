@@ -51,11 +51,6 @@ def read_phi3(constants: Constants) -> ModelConfig:
         model_type="phi3",
         absent_rope_theta=ABSENT_ROPE_THETA,
         windows=(window,) * constants.integer("num_hidden_layers"),
-        qkv_bias=False,
-        attention_output_bias=False,
-        mlp_bias=False,
-        qk_norm=None,
-        moe=None,
         rotary_factor=rotary_factor,
     )
 

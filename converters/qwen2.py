@@ -54,10 +54,6 @@ def read_qwen2(constants: Constants) -> ModelConfig:
         absent_rope_theta=ABSENT_ROPE_THETA,
         windows=read_windows(constants),
         qkv_bias=True,
-        attention_output_bias=False,
-        mlp_bias=False,
-        qk_norm=None,
-        moe=None,
     )
 
 

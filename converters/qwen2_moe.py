@@ -49,9 +49,6 @@ def read_qwen2_moe(constants: Constants) -> ModelConfig:
         absent_rope_theta=ABSENT_ROPE_THETA,
         windows=read_windows(constants),
         qkv_bias=constants.flag("qkv_bias"),
-        attention_output_bias=False,
-        mlp_bias=False,
-        qk_norm=None,
         moe=moe.read_moe(
             constants,
             size="moe_intermediate_size",

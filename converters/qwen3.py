@@ -36,9 +36,7 @@ def read_qwen3(constants: Constants) -> ModelConfig:
         windows=read_windows(constants),
         qkv_bias=bias,
         attention_output_bias=bias,
-        mlp_bias=False,
         qk_norm="head",
-        moe=None,
     )
 
 

@@ -42,7 +42,6 @@ def read_qwen3_moe(constants: Constants) -> ModelConfig:
         windows=read_windows(constants),
         qkv_bias=bias,
         attention_output_bias=bias,
-        mlp_bias=False,
         qk_norm="head",
         moe=moe.read_moe(
             constants,

@@ -59,8 +59,6 @@ def read_smollm3(constants: Constants) -> ModelConfig:
         qkv_bias=bias,
         attention_output_bias=bias,
         mlp_bias=constants.flag("mlp_bias"),
-        qk_norm=None,
-        moe=None,
     )
     ropes = zip(config.ropes, roped, strict=True)
     return replace(config, ropes=tuple(rope if is_used else None for rope, is_used in ropes))

@@ -42,12 +42,7 @@ def read_stablelm(constants: Constants) -> ModelConfig:
         constants,
         model_type="stablelm",
         absent_rope_theta=ABSENT_ROPE_THETA,
-        windows=(None,) * constants.integer("num_hidden_layers"),
         qkv_bias=constants.flag("use_qkv_bias"),
-        attention_output_bias=False,
-        mlp_bias=False,
-        qk_norm=None,
-        moe=None,
         rotary_factor=rotary_factor,
     )
     return replace(config, norm="layer", parallel=parallel, shared_norm=parallel)

@@ -52,8 +52,6 @@ def read_starcoder2(constants: Constants) -> ModelConfig:
         qkv_bias=bias,
         attention_output_bias=bias,
         mlp_bias=bias,
-        qk_norm=None,
-        moe=None,
     )
     return replace(config, norm="layer", gated_mlp=False)
 

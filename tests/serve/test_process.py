@@ -241,6 +241,7 @@ def test_plain_progress_does_not_flood():
     lines = stream.getvalue().splitlines()
     assert len(lines) == 12
     assert lines[0] == "Loading weights: 0/1,000 MiB"
+    assert lines[5] == "Loading weights: 500/1,000 MiB, 0 s left"
     assert lines[10].startswith("Loading weights: 1,000/1,000 MiB in 0.")
     assert lines[11].startswith("Compiling: 1/1 in 0.0 s")
     empty = io.StringIO()
