@@ -9,28 +9,41 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from converters.config import read_generation
 from converters.errors import CheckpointError, read_object
 from converters.families import FAMILIES, parse_config
+from converters.formats.packing import Scheme, check_all_match
 from converters.formats.safetensors import TensorInfo, read_folder, read_tensor
-from converters.rules import Layout, Rule, Step, cut_out, expand, schedule
+from converters.packed import form_of_rule, packings
+from converters.quantization import BESIDE, KEYS, read_scheme
+from converters.rules import Cut, Layout, Rule, cut_out, expand
+from converters.schedule import AnyStep, PackedStep, Step, schedule
 from xlinfer.config import GenerationConfig, ModelConfig
+from xlinfer.forms import Form
 
 __all__ = [
+    "AnyStep",
     "Checkpoint",
     "CheckpointError",
+    "Cut",
     "Layout",
+    "PackedStep",
     "Rule",
+    "Scheme",
     "Step",
     "TensorInfo",
     "cut_out",
     "open_checkpoint",
     "parameter_rules",
     "parse_config",
+    "read_config",
+    "read_scheme",
     "read_tensor",
+    "weight_forms",
 ]
 COMPARE_BYTES = 16 << 20  # of two tensors at a time
 
@@ -40,14 +53,16 @@ class Checkpoint:
     path: Path
     config: ModelConfig
     generation: GenerationConfig
+    scheme: Scheme | None  # how its weights are quantized; None: they are floats
 
     @cached_property
     def tensors(self) -> Mapping[str, TensorInfo]:
         """Name, shape, dtype and place of every tensor. Raises CheckpointError; reads no data."""
         return read_folder(self.path)
 
-    def schedule(self, kv_replicas: int = 1) -> tuple[Step, ...]:
-        """Every tensor with its place among the parameters, in the order of files and bytes.
+    def schedule(self, kv_replicas: int = 1, scheme: Scheme | None = None) -> tuple[AnyStep, ...]:
+        """Every tensor with its place among the parameters, in the order of files and bytes;
+        by `scheme`, or the checkpoint's own where None.
 
         Raises CheckpointError unless each tensor has one place, each parameter its tensors, and
         all shapes and dtypes fit; and when a tied head is there and is not the embedding.
@@ -59,19 +74,23 @@ class Checkpoint:
         for name, original in copies.items():
             if name in tensors and original in tensors:
                 self._check_copy(tensors[name], tensors[original])
-        steps = schedule(
-            parameter_rules(self.config, kv_replicas),
+        rules = parameter_rules(self.config, kv_replicas)
+        self._check_listed(rules, tensors)
+        return schedule(
+            rules,
+            scheme or self.scheme,
             {name: info for name, info in tensors.items() if name not in copies},
             family.ignored,
             self.path,
         )
-        for step in steps:
-            if step.tensor.dtype.name not in ("float64", "float32", "float16", "bfloat16"):
-                raise CheckpointError(
-                    f"{step.tensor.file}: tensor {step.tensor.name!r} is {step.tensor.dtype.name}; "
-                    "without a quantization_config a weight must be F64, F32, F16 or BF16"
-                )
-        return steps
+
+    def _check_listed(self, rules: tuple[Rule, ...], tensors: Mapping[str, TensorInfo]) -> None:
+        """Raise CheckpointError where the quantization_config leaves out modules there are not."""
+        if self.scheme is not None and self.scheme.listed:
+            names = [*tensors, *(source for rule in rules for source in rule.sources), "lm_head."]
+            modules = dict.fromkeys(name.rpartition(".")[0] for name in names)
+            where = f"{self.path}: what its {self.scheme.name} config leaves out"
+            check_all_match(self.scheme.listed, modules, where)
 
     def _check_copy(self, copy: TensorInfo, original: TensorInfo) -> None:
         same = (copy.dtype, copy.shape) == (original.dtype, original.shape)
@@ -112,8 +131,38 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
             f"{folder} has no config.json; a checkpoint is a folder with config.json and weights "
             "in safetensors, as save_pretrained writes it"
         )
-    config = parse_config(file, read_object(file))
-    return Checkpoint(path=folder, config=config, generation=read_generation(folder))
+    values = read_config(folder)
+    return Checkpoint(
+        path=folder,
+        config=parse_config(file, values),
+        generation=read_generation(folder),
+        scheme=read_scheme(str(file), values),
+    )
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of `folder`, with what old writers put into a file beside it. Raises
+    CheckpointError."""
+    values = read_object(folder / "config.json")
+    if all(values.get(name) is None for name in KEYS):
+        for name, method in BESIDE.items():
+            if (folder / name).is_file():
+                found = {"quant_method": method, **read_object(folder / name)}
+                return {**values, KEYS[0]: found}
+    return values
+
+
+def weight_forms(
+    config: ModelConfig, scheme: Scheme | None, where: str, kv_replicas: int = 1
+) -> dict[tuple, Form]:
+    """The form of each parameter that is not of floats, by its path. Raises CheckpointError,
+    beginning with `where`, for what `scheme` cannot hold."""
+    rules = parameter_rules(config, kv_replicas)
+    forms = {}
+    for rule in rules if scheme is not None else ():
+        if held := packings(rule, scheme):
+            forms[rule.target] = form_of_rule(rule, held, where)
+    return {target: form for target, form in forms.items() if form is not None}
 
 
 def parameter_rules(config: ModelConfig, kv_replicas: int = 1) -> tuple[Rule, ...]:

@@ -24,6 +24,7 @@ from converters.olmo2 import OLMO2
 from converters.opt import OPT
 from converters.phi import PHI
 from converters.phi3 import PHI3
+from converters.quantization import KEYS
 from converters.qwen2 import QWEN2
 from converters.qwen2_moe import QWEN2_MOE
 from converters.qwen3 import QWEN3
@@ -66,15 +67,13 @@ REFUSED: Mapping[str, str] = {
     "gemma3": "reads images beside text, which xlinfer does not. It reads its text model alone, "
     "saved as Gemma3ForCausalLM (gemma3_text)",
 }
-# Where config.json says how weights are quantized; none of these formats is read yet.
-QUANTIZATION = ("quantization_config", "compression_config")
 
 
 def parse_config(path: Path, values: Mapping[str, Any]) -> ModelConfig:
     """The config that the object `values`, read from `path`, describes.
 
-    Raises CheckpointError for an unknown model_type, a quantized checkpoint, and any key that is
-    missing, unknown or out of range.
+    Raises CheckpointError for an unknown model_type, and any key that is missing, unknown or out of
+    range. How its weights are quantized is for quantization.py to read.
     """
     model_type = values.get("model_type")
     if not isinstance(model_type, str):
@@ -90,16 +89,7 @@ def parse_config(path: Path, values: Mapping[str, Any]) -> ModelConfig:
             f"{path}: xlinfer does not know model_type {model_type!r}.{guess} "
             f"It knows {_supported()}."
         )
-    for name in QUANTIZATION:
-        if values.get(name) is not None:
-            asked = values[name]
-            method = asked.get("quant_method") if isinstance(asked, dict) else asked
-            raise CheckpointError(
-                f"{path}: {name!r} says that the weights are quantized ({method}). xlinfer reads "
-                "float weights (F64, F32, F16, BF16) and no quantized format yet; use the "
-                "unquantized checkpoint."
-            )
-    plain = {name: value for name, value in values.items() if name not in QUANTIZATION}
+    plain = {name: value for name, value in values.items() if name not in KEYS}
     return FAMILIES[model_type].read(Constants(str(path), plain))
 
 

@@ -96,7 +96,7 @@ COPIES = {"lm_head.weight": "model.embed_tokens.weight"}
 def llama_rows(config: ModelConfig, names: Mapping[str, str | Linear] = NAMES) -> tuple[Row, ...]:
     """The table for the parts that `config` has, but its experts."""
     return (
-        Row("embed_VD", f"{names['embed']}.weight", "V D -> V D"),
+        Row("embed_VD", f"{names['embed']}.weight", "V D -> V D", inputs="D"),
         *(_positions(names["positions"]) if config.learned_positions else ()),
         *(_norm(config, "embed_norm", names["embed_norm"]) if config.embedding_norm else ()),
         *_norm(config, "norm", names["norm"]),
@@ -149,7 +149,7 @@ def _matrix(config: ModelConfig, part: str, source: str | Linear) -> tuple[Row, 
     axes = f"{to.inputs} {outputs}" if source.inputs_first else f"{outputs} {to.inputs}"
     weight = Row(
         to.weight, f"{source.name}.weight", f"{axes} -> {to.inputs} {to.outputs}",
-        piece=source.piece,
+        piece=source.piece, inputs=to.inputs,
     )  # fmt: skip
     is_biased = {
         "o": config.attention_output_bias,

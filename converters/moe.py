@@ -32,8 +32,9 @@ def expert_rows(block: str, gate: str, up: str, down: str) -> tuple[Row, ...]:
             f"{expert}{{part}}.weight",
             "I D -> E (P I) D",
             parts=(gate, up),
+            inputs="D",
         ),
-        Row("layers.mlp.down_EDI", f"{expert}{down}.weight", "D I -> E D I"),
+        Row("layers.mlp.down_EDI", f"{expert}{down}.weight", "D I -> E D I", inputs="I"),
     )
 
 

@@ -31,11 +31,17 @@ ABSENT_ROPE_THETA = 10_000.0
 # Versions of transformers differ in which layers it gives a window; no published model has one.
 FIXED: Mapping[str, tuple[Any, ...]] = {**DECODER_ONLY, "use_sliding_window": (False,)}
 EXPERT_SIZES = ("moe_intermediate_size", "shared_expert_intermediate_size")
+SHARED_EXPERT = f"{LAYER}mlp.shared_expert"
 SHARED = (
     Row("layers.mlp.shared_gate_D1", f"{LAYER}mlp.shared_expert_gate.weight", "1 D -> D 1"),
-    Row("layers.mlp.shared.gate_DF", f"{LAYER}mlp.shared_expert.gate_proj.weight", "S D -> D S"),
-    Row("layers.mlp.shared.up_DF", f"{LAYER}mlp.shared_expert.up_proj.weight", "S D -> D S"),
-    Row("layers.mlp.shared.down_FD", f"{LAYER}mlp.shared_expert.down_proj.weight", "D S -> S D"),
+    *(
+        Row(f"layers.mlp.shared.{target}", f"{SHARED_EXPERT}.{source}.weight", axes, inputs=inputs)
+        for target, source, axes, inputs in (
+            ("gate_DF", "gate_proj", "S D -> D S", "D"),
+            ("up_DF", "up_proj", "S D -> D S", "D"),
+            ("down_FD", "down_proj", "D S -> S D", "S"),
+        )
+    ),
 )
 
 

@@ -1,4 +1,4 @@
-"""Which tensors of a checkpoint make which parameter, as data; proven before any is read. No jax.
+"""Which tensors of a checkpoint make which parameter, as data. No jax.
 
 A row reads like the table in a paper: target, source, and `axes`, the way from the source's
 axes to the target's: "(K H) -> K H" splits the source's one axis into kv heads and head_dim, and
@@ -19,12 +19,9 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
-from converters.errors import CheckpointError, listing
-from converters.formats.safetensors import TensorInfo
 from xlinfer.config import ModelConfig
 
 STACKED = "layers"  # the first name of a target that has sources in each layer
@@ -42,6 +39,7 @@ class Row:
     axes: str  # a letter that counts is the first of its axis
     parts: tuple[str, ...] = ()
     piece: int = 0  # of the source's axis that has several
+    inputs: str | None = None  # of a matrix, which may be quantized: the axis that a product sums
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,20 +77,7 @@ class Rule:
     source_shape: tuple[int, ...]
     cut: Cut | None  # None: the whole source
     layout: Layout  # of what is cut
-
-
-@dataclass(frozen=True, kw_only=True)
-class Step:
-    """Write `tensor` into `rule`'s parameter, from index `start` on."""
-
-    tensor: TensorInfo
-    rule: Rule
-    start: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Of what is written: the tensor's, or of the piece that is meant."""
-        return math.prod(self.rule.layout.sizes) * self.tensor.dtype.itemsize
+    inputs: tuple[str, ...] | None = None  # of a matrix: the letters of the axis that is summed
 
 
 def expand(rows: Iterable[Row], config: ModelConfig, kv_replicas: int = 1) -> tuple[Rule, ...]:
@@ -156,6 +141,7 @@ def _rule(row: Row, layers: int, sizes: Mapping[str, int], kv_replicas: int) -> 
             slot=slot,
             kv_replicas=kv_replicas,
         ),
+        inputs=_groups(row.inputs)[0] if row.inputs else None,
     )
 
 
@@ -193,49 +179,3 @@ def cut_out(source: np.ndarray, rule: Rule) -> np.ndarray:
     part = source.reshape(cut.view)[index]
     sizes = iter(rule.layout.sizes)
     return part.reshape([math.prod(next(sizes) for _ in g) for g in rule.layout.source_axes])
-
-
-def schedule(
-    rules: Iterable[Rule],
-    tensors: Mapping[str, TensorInfo],
-    ignored: Iterable[str],
-    where: Path,
-) -> tuple[Step, ...]:
-    """Every tensor with its place, in the order of files and bytes.
-
-    `ignored` are patterns of names that a checkpoint may hold beside them; `where` begins an
-    error. Raises CheckpointError naming the tensors that are missing, left over or of another
-    shape than the config asks for.
-    """
-    steps = [
-        (source, rule, start)
-        for rule in rules
-        for source, start in zip(rule.sources, rule.starts, strict=True)
-    ]
-    wanted = {source for source, _, _ in steps}
-    missing = list(dict.fromkeys(source for source, _, _ in steps if source not in tensors))
-    patterns = [re.compile(pattern) for pattern in ignored]
-    left_over = [
-        name
-        for name in tensors
-        if name not in wanted and not any(pattern.fullmatch(name) for pattern in patterns)
-    ]
-    wrong = [
-        f"{source} has shape {list(tensors[source].shape)} where the config asks for "
-        f"{list(rule.source_shape)}"
-        for source, rule in {source: rule for source, rule, _ in steps}.items()
-        if source in tensors and tensors[source].shape != rule.source_shape
-    ]
-    faults = [
-        *([f"missing: {listing(missing)}"] if missing else []),
-        *(
-            [f"left over, without a place in this family: {listing(left_over)}"]
-            if left_over
-            else []
-        ),
-        *([listing(wrong)] if wrong else []),
-    ]
-    if faults:
-        raise CheckpointError(f"{where}: tensors do not fit config.json: " + "; ".join(faults))
-    found = [Step(tensor=tensors[source], rule=rule, start=start) for source, rule, start in steps]
-    return tuple(sorted(found, key=lambda step: (step.tensor.file, step.tensor.offset)))

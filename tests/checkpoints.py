@@ -37,6 +37,19 @@ FAMILIES = (
     "stablelm-parallel",
     "starcoder2",
 )
+QUANTIZED_GOLDENS = Path(__file__).parent / "data" / "quantized"
+# Folder -> the format, and the family of the model.
+QUANTIZED = {
+    "awq-gemm-g32-qwen2": ("awq", "qwen2"),
+    "bnb-nf4-dq": ("bitsandbytes", "llama"),
+    "ct-fp8-dynamic": ("compressed-tensors", "llama"),
+    "ct-w4a16-sym-g32": ("compressed-tensors", "llama"),
+    "ct-w8a8-int8-dynamic": ("compressed-tensors", "llama"),
+    "fp8-block-qwen3": ("fp8", "qwen3"),
+    "gptq-v1-asym-actorder-g32": ("gptq", "llama"),
+    "gptq-v1-sym-g32": ("gptq", "llama"),
+    "mxfp4-gpt-oss": ("mxfp4", "gpt_oss"),
+}
 EXPERTS: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3_moe": {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 12},

@@ -15,7 +15,7 @@ from tests import checkpoints
 from xlinfer.cost import cost_of, multiplied
 from xlinfer.deployment import Deployment, Job, Sizes, deploy, facts_of
 from xlinfer.mesh import make_mesh
-from xlinfer.quant import quantize_model
+from xlinfer.quantize import quantize_model
 from xlinfer.weights import abstract_model
 
 XLA = 0.05  # relative: it counts elementwise operations too

@@ -7,7 +7,8 @@ from flax import nnx
 from pallas_kernels.devices import DEVICES
 from xlinfer.mesh import make_mesh
 from xlinfer.models.parts import matrix
-from xlinfer.quant import QTensor, apart, product, quantize, quantize_model, together
+from xlinfer.quant import QTensor, apart, product, together
+from xlinfer.quantize import quantize, quantize_model
 from xlinfer.serve.build import DEMO_MODEL
 from xlinfer.weights import load_model
 
@@ -134,6 +135,32 @@ def test_bad_choices_are_named():
         quantize_model(model, "int4", CPU)
     with pytest.raises(ValueError, match="has no weight that can be quantized"):
         quantize_model(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), "int4", CPU)
-    spread = load_model(DEMO_MODEL, mesh=make_mesh(2))
-    with pytest.raises(ValueError, match="spread over 2 devices"):
-        quantize_model(spread, "int4", CPU)
+
+
+@pytest.mark.parametrize("method", ["int4", "int8"])
+def test_a_model_on_several_devices_is_quantized_where_it_lies(method, heldout_ids):
+    alone, spread = load_model(DEMO_MODEL), load_model(DEMO_MODEL, mesh=make_mesh(2))
+    for model in (alone, spread):
+        quantize_model(model, method, CPU)
+    np.testing.assert_allclose(spread(heldout_ids[None]), alone(heldout_ids[None]), atol=1e-4)
+    flat = nnx.to_flat_state(nnx.state(spread))
+    split = [q.data_NK for _, p in flat if isinstance(q := p.get_value(), QTensor)]
+    assert len(split) == 7 and all(not a.sharding.is_fully_replicated for a in split)
+
+
+@pytest.mark.parametrize("method", ["int4", "int8", "fp8"])
+@pytest.mark.parametrize("devices", [1, 2])
+def test_weights_rounded_as_they_are_read_are_those_rounded_at_once(method, devices):
+    mesh = make_mesh(devices)
+    at_once = load_model(DEMO_MODEL, mesh=mesh)
+    try:
+        quantize_model(at_once, method, CPU)
+    except ValueError as error:
+        with pytest.raises(ValueError) as same:
+            load_model(DEMO_MODEL, mesh=mesh, quantization=method)
+        assert str(same.value) == str(error) and method == "fp8" and devices == 2
+        return
+    got = load_model(DEMO_MODEL, mesh=mesh, quantization=method)
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(got), nnx.state(at_once))
+    for a, b in zip(*(jax.tree.leaves(nnx.state(m)) for m in (got, at_once)), strict=True):
+        assert a.sharding.is_equivalent_to(b.sharding, a.ndim)

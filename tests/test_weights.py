@@ -15,7 +15,8 @@ from tests.checkpoints import GOLDENS, config, tensors, write
 from xlinfer.mesh import make_mesh
 from xlinfer.models import Transformer
 from xlinfer.models.moe import MoE
-from xlinfer.weights import AXES, load_model, stored_dtype
+from xlinfer.placing import AXES
+from xlinfer.weights import load_model, stored_dtype
 
 SOURCES = {
     "F64": np.float64,

@@ -6,11 +6,12 @@ from dataclasses import replace
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from pallas_kernels.devices import Device, device_of_kind
 from xlinfer.config import ModelConfig
 
+AnyMesh = Mesh | AbstractMesh
 TENSOR = "tensor"
 # Logical axis -> mesh axis; None stands whole on every device.
 RULES: Mapping[str, str | None] = {
@@ -55,7 +56,7 @@ def device_of(mesh: Mesh) -> Device:
     return device_of_kind(mesh.devices.flat[0].device_kind)
 
 
-def sharding(mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int]) -> NamedSharding:
+def sharding(mesh: AnyMesh, axes: Sequence[str | None], shape: Sequence[int]) -> NamedSharding:
     """How an array of `shape` whose axes are named `axes` lies on `mesh`; None is never split.
 
     A vocabulary that the devices do not divide stands whole on each. Raises ValueError for an
@@ -68,7 +69,7 @@ def sharding(mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int]) -> Na
     )
 
 
-def _mesh_axis(mesh: Mesh, axis: str | None, size: int) -> str | None:
+def _mesh_axis(mesh: AnyMesh, axis: str | None, size: int) -> str | None:
     if axis is None:
         return None
     if axis not in RULES:

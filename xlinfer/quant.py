@@ -1,8 +1,9 @@
 """Weights kept in few bits, and the products with them.
 
-A `QTensor` stands where a matrix [K, N] would: its numbers are stored as [N, K] in int4, int8 or
-fp8 with scales, and stay so in device memory. `product` is the one place where a model multiplies
-by a matrix, quantized or not, and `grouped_product` by those of experts, [E, N, K].
+A `QTensor` stands where a matrix [K, N] would: its numbers are stored as [N, K] in the `Form` that
+it names, and stay so in device memory. `product` is the one place where a model multiplies by a
+matrix, quantized or not, `grouped_product` by those of experts, [E, N, K], and `lookup` where it
+takes rows of one.
 
 K inputs   N outputs   E experts
 """
@@ -14,33 +15,48 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.checks import check_one_of
-from pallas_kernels.devices import Device, check_runs
-
-INT4_GROUP = 128  # inputs that share a scale
-FP8_BLOCK = 128  # inputs and outputs that share a scale
+from pallas_kernels.devices import Device
+from xlinfer.forms import E2M1, FP8_BLOCK, TABLES, Form
 
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["data_NK", "scale", "layer"],
-    meta_fields=["device", "impl"],
+    data_fields=["data_NK", "scale", "zero_GN", "order_K", "input_scale", "layer"],
+    meta_fields=["form", "device", "impl", "mesh", "axes"],
 )
 @dataclass(frozen=True, kw_only=True)
 class QTensor:
     """With a leading axis there is one for each layer, and `layer` names the one meant. Those of
-    experts have one more axis before N, and before the scale's axes."""
+    experts have one more axis before those of each array."""
 
-    data_NK: Array  # int4, int8 or float8_e4m3fn
-    scale: Array  # int4 [K/group, N], int8 [N], fp8 [N/128, K/128]; float32
+    form: Form
+    data_NK: Array
+    scale: Array  # float32
+    zero_GN: Array | None  # float32
+    order_K: Array | None  # int32
+    input_scale: Array | None  # float32
     layer: Array | None
     device: Device
-    impl: str | None  # None: what the op chooses for the device
+    impl: Any  # of the op's; None: what the op chooses for the device
+    mesh: Mesh | AbstractMesh | None  # None: it lies on one device
+    axes: tuple[str | None, str | None]  # of the mesh, that K and N are split over
 
     def of_layer(self, layer: Array) -> "QTensor":
         return replace(self, layer=layer)
+
+    def sliced(self) -> "QTensor":
+        """The layer that is meant, alone; for what reads it where XLA fuses the slice."""
+        if self.layer is None:
+            return self
+        pick = lambda a: None if a is None else lax.dynamic_index_in_dim(a, self.layer, 0, False)
+        return replace(self, layer=None, **{name: pick(getattr(self, name)) for name in ARRAYS})
+
+
+ARRAYS = ("data_NK", "scale", "zero_GN", "order_K", "input_scale")
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["data_LENK", "layer"], meta_fields=[])
@@ -51,6 +67,8 @@ class OfStack:
     data_LENK: Array
     layer: Array
 
+
+KERNEL_GROUPS = (32, 64, 128)  # inputs under one scale that kernels take, or all inputs
 
 Experts = Array | OfStack | QTensor
 
@@ -82,20 +100,75 @@ def together(sliced: Any, whole: Any, layer: Int[Array, ""]) -> Any:
 
 
 def _stays_whole(x: Any) -> bool:
-    return isinstance(x, QTensor) or _are_experts(x)
+    return isinstance(x, QTensor) or are_experts(x)
 
 
-def _are_experts(x: Any) -> bool:
+def are_experts(x: Any) -> bool:
     return isinstance(x, nnx.Variable) and bool(x.get_metadata().get("is_experts"))
 
 
 def product(x: Float[Array, "... K"], matrix: nnx.Variable) -> Float[Array, "... N"]:
     """x times a matrix [K, N], which may be a QTensor."""
     weight = matrix.get_value()
-    if isinstance(weight, QTensor):
-        y_MN = _quantized(x.reshape(-1, x.shape[-1]), weight)
-        return y_MN.reshape(*x.shape[:-1], -1)
-    return x @ weight
+    if not isinstance(weight, QTensor):
+        return x @ weight
+    x_MK = x.reshape(-1, x.shape[-1])
+    if weight.order_K is not None:  # before K is split among devices
+        order_K = weight.sliced().order_K
+        assert order_K is not None
+        x_MK = x_MK[:, order_K]
+    y_MN = _quantized(x_MK, weight) if weight.mesh is None else _spread(x_MK, weight, weight.mesh)
+    return y_MN.reshape(*x.shape[:-1], -1)
+
+
+def _spread(x_MK, weight: QTensor, mesh: Mesh | AbstractMesh):
+    """Each device multiplies by its own part: some of N, or of K, whose products are added."""
+    of_K, of_N = weight.axes
+    lead = 0 if weight.layer is None else 1
+    axes = array_axes(weight.form, of_K, of_N)
+    if weight.form.scales == "group" and weight.scale.shape[-2] == 1:  # one group for all inputs
+        axes = axes | dict.fromkeys(axes.keys() & {"scale", "zero_GN"}, (None, of_N))
+    specs = {name: PartitionSpec(*[None] * lead, *names) for name, names in axes.items()}
+    nothing = PartitionSpec()
+    where = replace(weight, layer=None if weight.layer is None else nothing, **specs)
+
+    def local(x_MK, weight):
+        y_MN = _quantized(x_MK, weight)
+        return y_MN if of_K is None else lax.psum(y_MN, of_K)
+
+    run = jax.shard_map(
+        local, mesh=mesh, in_specs=(PartitionSpec(None, of_K), where),
+        out_specs=PartitionSpec(None, of_N), check_vma=False,
+    )  # fmt: skip
+    return run(x_MK, weight)
+
+
+def array_axes(form: Form, of_K: Any, of_N: Any) -> dict[str, tuple[Any, ...]]:
+    """The axes of each array of one matrix, named as those of K and N are."""
+    scale = {"tensor": (), "channel": (of_N,), "group": (of_K, of_N), "block": (of_N, of_K)}
+    every = {
+        "data_NK": (of_N, of_K),
+        "scale": scale[form.scales],
+        "zero_GN": (of_K, of_N),
+        "order_K": (None,),  # whole: it is used before K is split
+        "input_scale": (),
+    }
+    return {name: every[name] for name in form.shapes(1, 1)}
+
+
+def lookup(table: nnx.Variable, index: Int[Array, "..."]) -> Float[Array, "... K"]:
+    """Rows of a matrix [N, K], which may be a QTensor; of its numbers' dtype, else float32."""
+    weight = table.get_value()
+    if not isinstance(weight, QTensor):
+        return weight[index]
+    rows = index.reshape(-1)
+    take = lambda a_GN: None if a_GN is None else a_GN[:, rows]
+    scale = weight.scale
+    some = replace(
+        weight, data_NK=weight.data_NK[rows], zero_GN=take(weight.zero_GN),
+        scale=take(scale) if weight.form.scales == "group" else scale[rows],
+    )  # fmt: skip
+    return dequantize(some).reshape(*index.shape, -1)
 
 
 def grouped_product(
@@ -103,12 +176,9 @@ def grouped_product(
 ) -> Float[Array, "M N"]:
     """Rows sorted by expert, size_E of them for each, times their expert's matrix [N, K]; rows
     past the sum come out as zeros. Float weights may be differentiated."""
-    from pallas_kernels.grouped_matmul import grouped_matmul
-
     match weight:
         case QTensor():
-            given = {"device": weight.device, "impl": weight.impl, "layer": weight.layer}
-            return grouped_matmul(x_MK, weight.data_NK, size_E, scale=weight.scale, **given)
+            return _quantized_experts(x_MK, weight, size_E)
         case OfStack():
             return _float_experts(x_MK, weight, size_E, device)
         case _:
@@ -136,118 +206,118 @@ def _(device: Device, primals, tangents):
     return _float_experts(x_MK, weight, size_E, device), dy_MN
 
 
+def _quantized_experts(x_MK, weight: QTensor, size_E):
+    from pallas_kernels.grouped_matmul import grouped_matmul
+
+    if weight.order_K is not None:
+        order_EK = weight.sliced().order_K
+        assert order_EK is not None
+        expert_M = jnp.searchsorted(jnp.cumsum(size_E), jnp.arange(x_MK.shape[0]), side="right")
+        order_MK = order_EK.at[expert_M].get(mode="clip")
+        x_MK = jnp.take_along_axis(x_MK, order_MK, axis=1)
+    if has_kernel(weight, experts=True):
+        return grouped_matmul(
+            x_MK, weight.data_NK, size_E, scale=weight.scale, zero=weight.zero_GN,
+            device=weight.device, impl=weight.impl, layer=weight.layer,
+        )  # fmt: skip
+    # One expert after another, so that one float matrix exists at a time.
+    one = weight.sliced()
+    end_E = jnp.cumsum(size_E)
+    row_M = jnp.arange(x_MK.shape[0])
+
+    def add(expert, y_MN):
+        pick = lambda a: None if a is None else lax.dynamic_index_in_dim(a, expert, 0, False)
+        w = replace(one, **{name: pick(getattr(one, name)) for name in ARRAYS})
+        mine_M = (row_M >= end_E[expert] - size_E[expert]) & (row_M < end_E[expert])
+        return jnp.where(mine_M[:, None], _dequantized(x_MK, w), y_MN)
+
+    y_MN = jnp.zeros((x_MK.shape[0], weight.data_NK.shape[-2]), x_MK.dtype)
+    return lax.fori_loop(0, size_E.shape[0], add, y_MN)
+
+
+def has_kernel(weight: QTensor, *, experts: bool) -> bool:
+    """Whether a product reads the numbers as they lie; XLA makes others floats, a layer at a
+    time."""
+    form = weight.form
+    of_groups = form.scales == "group" and (
+        form.group in KERNEL_GROUPS or weight.scale.shape[-2] == 1
+    )
+    if form.grid != "int":
+        return False
+    match form.dtype:
+        case "int4" | "uint4":
+            return of_groups and form.zero == (form.dtype == "uint4")
+        case "int8":
+            return (form.scales == "channel" or (of_groups and not experts)) and not form.zero
+        case _:
+            static = form.input_scale and (experts or form.scales != "tensor")
+            return form.activations == "fp8" and form.scales != "group" and not static
+
+
 def _quantized(x_MK: Float[Array, "M K"], weight: QTensor) -> Float[Array, "M N"]:
     from pallas_kernels.fp8_matmul import fp8_matmul
     from pallas_kernels.int4_matmul import int4_matmul
-    from pallas_kernels.int8_matmul import int8_matmul
+    from pallas_kernels.int8_matmul import int8_grouped_matmul, int8_matmul
 
-    given = {"device": weight.device, "impl": weight.impl, "layer": weight.layer}
-    match weight.data_NK.dtype.name:
-        case "int4":
-            return int4_matmul(x_MK, weight.data_NK, weight.scale, **given)
+    form, given = weight.form, {"device": weight.device, "impl": weight.impl, "layer": weight.layer}
+    known = has_kernel(weight, experts=False)
+    if form.input_scale and not (known and form.activations == "fp8"):
+        x_MK = _rounded(x_MK, weight)
+    if not known:
+        return _dequantized(x_MK, weight.sliced())
+    match form.dtype:
+        case "int4" | "uint4":
+            return int4_matmul(x_MK, weight.data_NK, weight.scale, weight.zero_GN, **given)
+        case "int8" if form.scales == "group":
+            return int8_grouped_matmul(x_MK, weight.data_NK, weight.scale, **given)
         case "int8":
-            return int8_matmul(x_MK, weight.data_NK, weight.scale, activations="float", **given)
-        case "float8_e4m3fn":
+            how = "int8" if form.activations == "int8" and not form.input_scale else "float"
+            return int8_matmul(x_MK, weight.data_NK, weight.scale, activations=how, **given)
+        case _:
+            given["x_scale"] = weight.input_scale
             return fp8_matmul(x_MK, weight.data_NK, weight.scale, **given)
-        case name:
-            raise ValueError(f"data_NK is {name}; it must be int4, int8 or float8_e4m3fn")
 
 
-def quantize(
-    weight: Float[Array, "..."], method: str, device: Device, impl: str | None = None
-) -> QTensor:
-    """`weight` [(L,) K, N] rounded to the nearest number of `method`'s grid, symmetric, the
-    largest magnitude of a group, channel or block on the grid's last point.
-
-    int4: groups of INT4_GROUP inputs, or all inputs where that does not divide them. int8: output
-    channels. fp8: blocks of FP8_BLOCK x FP8_BLOCK.
-    """
-    one = lambda w_KN: METHODS[method](w_KN.T.astype(jnp.float32))
-    data_NK, scale = jax.vmap(one)(weight) if weight.ndim == 3 else one(weight)
-    return QTensor(data_NK=data_NK, scale=scale, layer=None, device=device, impl=impl)
+def _rounded(x_MK, weight: QTensor):
+    """What a static scale leaves of the inputs in 8 bits, as floats."""
+    scale = weight.sliced().input_scale
+    assert scale is not None
+    y_MK = x_MK.astype(jnp.float32) / scale
+    if weight.form.activations == "int8":
+        q_MK = jnp.clip(jnp.round(y_MK), -128, 127)
+    else:
+        q_MK = jnp.clip(y_MK, -448, 448).astype(jnp.float8_e4m3fn).astype(jnp.float32)
+    return (q_MK * scale).astype(x_MK.dtype)
 
 
-def quantize_experts(
-    weight: Float[Array, "*L E N K"], method: str, device: Device, impl: str | None = None
-) -> QTensor:
-    """`quantize` for the matrices of experts."""
-    layer = jax.vmap(lambda w_NK: METHODS[method](w_NK.astype(jnp.float32)))
-    # One layer after another: a float32 copy of them all may not fit.
-    data_NK, scale = jax.lax.map(layer, weight) if weight.ndim == 4 else layer(weight)
-    return QTensor(data_NK=data_NK, scale=scale, layer=None, device=device, impl=impl)
+def _dequantized(x_MK, weight: QTensor):
+    w_NK = dequantize(weight).astype(x_MK.dtype)
+    return jnp.einsum("MK,NK->MN", x_MK, w_NK, preferred_element_type=jnp.float32).astype(
+        x_MK.dtype
+    )
 
 
-def _int4(w_NK):
-    N, K = w_NK.shape
-    group = INT4_GROUP if K % INT4_GROUP == 0 else K
-    w_NGg = w_NK.reshape(N, K // group, group)
-    scale_NG1 = _scale(jnp.abs(w_NGg).max(-1, keepdims=True), 7)
-    data = jnp.clip(jnp.round(w_NGg / scale_NG1), -8, 7).astype(jnp.int4)
-    return data.reshape(N, K), scale_NG1[..., 0].T
-
-
-def _int8(w_NK):
-    scale_N1 = _scale(jnp.abs(w_NK).max(-1, keepdims=True), 127)
-    return jnp.clip(jnp.round(w_NK / scale_N1), -127, 127).astype(jnp.int8), scale_N1[:, 0]
-
-
-def _fp8(w_NK):
-    (N, K), b = w_NK.shape, FP8_BLOCK
-    padded = jnp.pad(w_NK, ((0, -N % b), (0, -K % b)))
-    blocks = padded.reshape(padded.shape[0] // b, b, padded.shape[1] // b, b)
-    scale = _scale(jnp.abs(blocks).max((1, 3), keepdims=True), 448)
-    data = (blocks / scale).astype(jnp.float8_e4m3fn).reshape(padded.shape)[:N, :K]
-    return data, scale[:, 0, :, 0]
-
-
-METHODS = {"int4": _int4, "int8": _int8, "fp8": _fp8}
-IMPLS = ("reference", "xla", "mosaic_gpu", "mosaic_tpu")
-
-
-def _scale(largest, last: float):
-    """All zeros need no scale, but a scale of zero would divide by it."""
-    return jnp.where(largest == 0, 1.0, largest / last)
-
-
-def quantize_model(model: nnx.Module, method: str, device: Device, impl: str | None = None) -> None:
-    """Replace, in place and one after another, every matrix that `product` or `grouped_product`
-    reads in `model`; embedding, head, routers, norms and biases keep their dtype.
-
-    Works on abstract models (nnx.eval_shape) too. Raises ValueError when the model has no such
-    weight, when one of them is quantized already or spread over devices, and for an `impl` of
-    another platform than the device's.
-    """
-    check_one_of("quantization", method, METHODS)
-    if impl is not None:
-        check_one_of("matmul_impl", impl, IMPLS)
-        check_runs("matmul_impl", impl, device)
-    flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
-    is_chosen = lambda p: p.get_metadata().get("is_matrix") or _are_experts(p)
-    chosen = [(path, param) for path, param in flat if is_chosen(param)]
-    if not chosen:
-        raise ValueError(f"{type(model).__name__} has no weight that can be quantized")
-    for path, param in chosen:
-        weight = param.get_value()
-        if isinstance(weight, QTensor):
-            raise ValueError(f"{'.'.join(map(str, path))} is quantized already")
-        devices = 1 if weight.sharding is None else weight.sharding.num_devices
-        if devices > 1:
-            raise ValueError(
-                f"{'.'.join(map(str, path))} is spread over {devices} "
-                "devices; quantized weights live on one: tensor_parallel_size=1"
-            )
-        how = quantize_experts if _are_experts(param) else quantize
-        run = partial(how, method=method, device=device, impl=impl)
-        if isinstance(weight, jax.ShapeDtypeStruct):
-            done = _placed_as(jax.eval_shape(run, weight), weight)
-        else:
-            done = jax.jit(run)(weight)
-        nnx.update(model, nnx.from_flat_state([(path, param.replace(done))]))
-
-
-def _placed_as(shapes: Any, weight: jax.ShapeDtypeStruct) -> Any:
-    """On the one device of `weight`, where it has a place."""
-    if weight.sharding is None:
-        return shapes
-    whole = jax.sharding.NamedSharding(weight.sharding.mesh, jax.P())
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), shapes)
+def dequantize(weight: QTensor) -> Float[Array, "*E N K"]:
+    """One layer's numbers times their scales, in float32; inputs in the order of the numbers."""
+    form, q = weight.form, weight.data_NK
+    match form.grid:
+        case "int":
+            w = q.astype(jnp.float32)
+        case "e2m1":
+            q = q.astype(jnp.int32)
+            w = jnp.sign(q).astype(jnp.float32) * jnp.asarray(E2M1, jnp.float32)[jnp.abs(q)]
+        case grid:
+            w = jnp.asarray(TABLES[grid], jnp.float32)[q.astype(jnp.int32)]
+    *lead, N, K = w.shape
+    match form.scales:
+        case "tensor":
+            return w * weight.scale[..., None, None]
+        case "channel":
+            return w * weight.scale[..., None]
+        case "block":
+            wide = jnp.repeat(weight.scale, FP8_BLOCK, -2)[..., :N, :]
+            return w * jnp.repeat(wide, FP8_BLOCK, -1)[..., :K]
+    w = w.reshape(*lead, N, weight.scale.shape[-2], -1)
+    if weight.zero_GN is not None:
+        w = w - weight.zero_GN.swapaxes(-1, -2)[..., None]
+    return (w * weight.scale.swapaxes(-1, -2)[..., None]).reshape(*lead, N, K)

@@ -12,13 +12,15 @@ import jax
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType
 
-from converters import CheckpointError, parse_config
+from converters import CheckpointError, parse_config, read_scheme, weight_forms
+from converters import read_config as read_folder
 from converters.errors import read_object
+from converters.formats.packing import OnLoad
 from pallas_kernels.devices import DEVICES, Device, device_of_kind
 from xlinfer.config import ModelConfig
 from xlinfer.deployment import Deployment, Facts, Sizes, deploy, facts_of
+from xlinfer.forms import Form
 from xlinfer.mesh import TENSOR, make_mesh, replicate_kv_heads
-from xlinfer.quant import quantize_model
 from xlinfer.target import CHIPS, Target, TargetError, parse_target
 from xlinfer.topology import described_mesh
 from xlinfer.weights import DTYPES, abstract_model
@@ -53,7 +55,7 @@ def read_config(model: str | Path) -> dict[str, Any]:
         raise CheckpointError(
             f"--model={model}: there is no folder with a config.json, nor such a file"
         )
-    return read_object(file)
+    return read_folder(path) if path.is_dir() else read_object(file)
 
 
 def dtype_of(config: Mapping[str, Any], asked: str, target: Target) -> str:
@@ -115,6 +117,11 @@ def setup(
 ) -> Setup:
     """Raises CheckpointError, TargetError or ValueError for what does not exist or fit."""
     found, config = find_target(target), read_config(model)
+    if matmul_impl is not None and quantization is None and read_scheme("", config) is None:
+        raise ValueError(
+            f"matmul_impl={matmul_impl} chooses how quantized weights are multiplied, and there "
+            "are none: name a quantization too, or leave it out"
+        )
     wanted = tensor_parallel_size or found.devices
     if found.devices % wanted:
         raise TargetError(
@@ -131,6 +138,22 @@ def setup(
 def model_config(setup: Setup) -> ModelConfig:
     config = parse_config(Path("config.json"), setup.config)
     return replicate_kv_heads(config, setup.tensor_parallel_size)
+
+
+def _forms(setup: Setup) -> dict[tuple, Form]:
+    """Of the weights that are kept in few bits: the checkpoint's, or what `quantization` makes of
+    float ones."""
+    scheme = read_scheme("config.json", setup.config)
+    if setup.quantization is not None:
+        if scheme is not None:
+            raise CheckpointError(
+                f"quantization={setup.quantization}: the checkpoint is quantized already "
+                f"({scheme.name}); leave it out"
+            )
+        scheme = OnLoad(method=setup.quantization)
+    own = parse_config(Path("config.json"), setup.config)
+    replicas = model_config(setup).num_kv_heads // own.num_kv_heads
+    return weight_forms(own, scheme, "config.json", replicas)
 
 
 def mesh_for(setup: Setup) -> jax.sharding.Mesh:
@@ -169,9 +192,9 @@ def shapes_for(setup: Setup, *, planned_for: Target | None = None) -> Shapes:
         device = planned_device(target)
         size = (setup.tensor_parallel_size,)
         mesh: Any = AbstractMesh(size, (TENSOR,), axis_types=(AxisType.Auto,))
-    model = abstract_model(model_config(setup), DTYPES[setup.dtype], mesh, device)
-    if setup.quantization is not None:
-        quantize_model(model, setup.quantization, device, setup.matmul_impl)
+    model = abstract_model(
+        model_config(setup), DTYPES[setup.dtype], mesh, device, _forms(setup), setup.matmul_impl
+    )
     graph, state = nnx.split(model)
     return Shapes(graph, state, facts_of(model), mesh, device, target)
 

@@ -6,7 +6,6 @@ place on the device, in place: the peak is the model, one tensor and what is in 
 
 from collections import Counter
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +16,26 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from converters import (
+    AnyStep,
     Checkpoint,
-    Layout,
+    PackedStep,
     Rule,
     Step,
-    cut_out,
     open_checkpoint,
     parameter_rules,
-    read_tensor,
+    weight_forms,
 )
+from converters.formats.packing import OnLoad
 from pallas_kernels.devices import Device
+from xlinfer import placing
 from xlinfer.config import ModelConfig
 from xlinfer.converted import is_converted, read_manifest, read_parameters
+from xlinfer.forms import Form
 from xlinfer.mesh import TENSOR, device_of, make_mesh, replicate_kv_heads, sharding
 from xlinfer.models import Transformer
 from xlinfer.progress import Progress
+from xlinfer.quant import QTensor
+from xlinfer.quantize import axes_of, check_impl, held_as, quantize_model
 
 IN_FLIGHT_BYTES = 1 << 30  # host memory between reading a tensor and its place on the device
 
@@ -42,22 +46,6 @@ DTYPES: Mapping[str, np.dtype] = {
     "float16": np.dtype(jnp.float16),
     "half": np.dtype(jnp.float16),
 }
-# The letters of converters.rules -> logical axes of mesh.RULES.
-AXES: Mapping[str, str | None] = {
-    "D": "hidden",
-    "F": "ffw",
-    "N": "heads",
-    "K": "kv_heads",
-    "H": "head_dim",
-    "V": "vocab",
-    "1": None,
-    "E": "experts",
-    "R": "routes",
-    "P": "expert_ffw",
-    "I": "expert_ffw",
-    "S": "ffw",
-    "M": "positions",
-}
 
 
 def load_model(
@@ -65,11 +53,16 @@ def load_model(
     *,
     dtype: Any = None,
     mesh: Mesh | None = None,
+    quantization: str | None = None,
+    matmul_impl: str | None = None,
     progress: Progress | None = None,
     in_flight_bytes: int = IN_FLIGHT_BYTES,
 ) -> Transformer:
     """The model in the folder `path`, a Hugging Face checkpoint or one written by xlinfer.convert.
 
+    Weights that the checkpoint has in few bits stay so. `quantization` int4, int8 or fp8 rounds
+    the layers' matrices of one with float weights as each is read. `matmul_impl` is what
+    multiplies by quantized weights; None is the best for weights and device.
     `dtype`: None or "auto" keeps the checkpoint's (float32 on CPU, whose bf16 products are slow);
     else float32, bfloat16 or float16, by name or as a dtype. `mesh`: see make_mesh; None is one
     device. With more devices than kv heads these are repeated, and `model.cfg` says so.
@@ -85,44 +78,63 @@ def load_model(
     if kept is None:
         on_cpu = mesh.devices.flat[0].platform == "cpu"
         kept = DTYPES["float32"] if on_cpu else stored_dtype(checkpoint)
-    graph, state = nnx.split(abstract_model(config, kept, mesh, device_of(mesh)))
-    flat = nnx.to_flat_state(state)
-    axes = {path: _axes(param, path) for path, param in flat}
-    targets = {path: param.get_value() for path, param in flat}
+    if quantization is not None and checkpoint.scheme is not None:
+        raise ValueError(
+            f"quantization={quantization}: {checkpoint.path} is quantized already "
+            f"({checkpoint.scheme.name}); leave it out"
+        )
+    device = device_of(mesh)
     replicas = config.num_kv_heads // checkpoint.config.num_kv_heads
     if is_converted(checkpoint.path):
-        kv_axis = {
-            path: names.index("kv_heads") for path, names in axes.items() if "kv_heads" in names
-        }
-        heads = checkpoint.config.num_kv_heads
-        arrays = _restore(checkpoint.path, targets, kv_axis, heads, replicas, progress or _silent)
-    else:
-        _check_rules(parameter_rules(checkpoint.config, replicas), targets, config)
-        steps = checkpoint.schedule(replicas)
-        arrays = _stream(steps, targets, mesh, progress or _silent, in_flight_bytes)
+        model = abstract_model(config, kept, mesh, device)
+        model = _restored(model, checkpoint, replicas, progress or _silent)
+        if quantization is not None:
+            quantize_model(model, quantization, device, matmul_impl)
+        return model
+    scheme = checkpoint.scheme if quantization is None else OnLoad(method=quantization)
+    forms = weight_forms(checkpoint.config, scheme, str(checkpoint.path), replicas)
+    model = abstract_model(config, kept, mesh, device, forms, matmul_impl)
+    graph, state = nnx.split(model)
+    flat = nnx.to_flat_state(state)
+    targets = {path: param.get_value() for path, param in flat}
+    _check_rules(parameter_rules(checkpoint.config, replicas), targets, config)
+    steps = checkpoint.schedule(replicas, scheme)
+    arrays = _stream(steps, targets, mesh, progress or _silent, in_flight_bytes)
     filled = [(path, param.replace(arrays[path])) for path, param in flat]
     return nnx.merge(graph, nnx.from_flat_state(filled))
 
 
-def abstract_model(config: ModelConfig, dtype: Any, mesh: Mesh, device: Device) -> Transformer:
+def abstract_model(
+    config: ModelConfig,
+    dtype: Any,
+    mesh: Mesh,
+    device: Device,
+    forms: Mapping[tuple, Form] | None = None,
+    matmul_impl: str | None = None,
+) -> Transformer:
     """The model without arrays: its parameters are ShapeDtypeStructs that say where each is to lie
-    on `mesh`, which need not be here. Raises ValueError where the mesh does not divide it."""
+    on `mesh`, which need not be here, in their `forms`. Raises ValueError where the mesh does not
+    divide it."""
+    check_impl(matmul_impl, device)
     make = lambda: Transformer(config, dtype=dtype, device=device, mesh=mesh, rngs=nnx.Rngs(0))
     graph, state = nnx.split(nnx.eval_shape(make))
-    placed = [
-        (path, param.replace(_target(param.get_value(), _axes(param, path), mesh)))
-        for path, param in nnx.to_flat_state(state)
-    ]
+    placed = []
+    for path, param in nnx.to_flat_state(state):
+        param = param.replace(_target(param.get_value(), axes_of(param), mesh))
+        if forms and path in forms:
+            param = param.replace(held_as(param, path, forms[path], device, matmul_impl))
+        placed.append((path, param))
     return nnx.merge(graph, nnx.from_flat_state(placed))
 
 
 def stored_dtype(checkpoint: Checkpoint) -> np.dtype:
-    """The dtype that most of the checkpoint's bytes have; float32 for float64."""
+    """The dtype that most of the checkpoint's float bytes have; float32 for float64."""
     if is_converted(checkpoint.path):
         return _named(read_manifest(checkpoint.path).dtype)
     sizes = Counter[np.dtype]()
     for step in checkpoint.schedule():
-        sizes[step.tensor.dtype] += step.nbytes
+        if isinstance(step, Step):
+            sizes[step.tensor.dtype] += step.nbytes
     dtype = sizes.most_common(1)[0][0]
     return DTYPES["float32"] if dtype == np.float64 else dtype
 
@@ -146,12 +158,6 @@ def _silent(phase: str, done: int, total: int) -> None:
     pass
 
 
-def _axes(param: nnx.Variable, path: tuple) -> tuple[str | None, ...]:
-    """The logical axes of a whole parameter: its own metadata does not know that it is stacked."""
-    axes = tuple(param.get_metadata("logical_axes"))
-    return ("layers", *axes) if path[0] == "layers" else axes
-
-
 def _target(abstract: jax.ShapeDtypeStruct, axes: tuple, mesh: Mesh) -> jax.ShapeDtypeStruct:
     lies = sharding(mesh, axes, abstract.shape)
     return jax.ShapeDtypeStruct(abstract.shape, abstract.dtype, sharding=lies)
@@ -161,87 +167,53 @@ def _check_rules(rules: tuple[Rule, ...], targets: Mapping, config: ModelConfig)
     """The family's table and the module agree on every parameter, each once."""
     made = Counter(rule.target for rule in rules)
     wrong = [path for path in {*made, *targets} if made[path] != 1 or path not in targets]
-    wrong += [r.target for r in rules if r.target in targets and targets[r.target].shape != r.shape]
+    floats = {path: t for path, t in targets.items() if not isinstance(t, QTensor)}
+    wrong += [r.target for r in rules if r.target in floats and floats[r.target].shape != r.shape]
     if wrong:
         names = ", ".join(sorted(".".join(path) for path in wrong))
         raise ValueError(f"the table of {config.model_type} does not fit the model at {names}")
 
 
 def _stream(
-    steps: tuple[Step, ...],
-    targets: Mapping[tuple, jax.ShapeDtypeStruct],
+    steps: tuple[AnyStep, ...],
+    targets: Mapping[tuple, Any],
     mesh: Mesh,
     progress: Progress,
     in_flight_bytes: int,
-) -> dict[tuple, jax.Array]:
-    specs = tuple((t.shape, t.dtype, t.sharding) for t in targets.values())
-    arrays = dict(zip(targets, _zeros(specs), strict=True))
+) -> dict[tuple, Any]:
+    leaves, tree = jax.tree.flatten(targets)
+    specs = tuple((t.shape, t.dtype, t.sharding) for t in leaves)
+    arrays = jax.tree.unflatten(tree, placing.zeros(specs))
     total, done, in_flight = sum(step.nbytes for step in steps), 0, 0
     progress("load", 0, total)
     for step in steps:
         if in_flight and in_flight + step.nbytes > in_flight_bytes:
             jax.block_until_ready(arrays)  # each is the newest of its name: all writes are done
             in_flight = 0
-        path, layout = step.rule.target, step.rule.layout
-        host = cut_out(read_tensor(step.tensor), step.rule)
-        if host.dtype == np.float64:  # jax has no such arrays by default
-            host = host.astype(np.float32)
-        moved = jax.device_put(host, _source_sharding(layout, mesh))
-        arrays[path] = _write(
-            arrays[path], moved, np.array(step.start, np.int32), layout, targets[path].sharding
-        )
+        path = step.rule.target
+        match step:
+            case Step():
+                lies = targets[path].sharding
+                arrays[path] = placing.place(step, arrays[path], lies, mesh)
+            case PackedStep():
+                arrays[path] = placing.place_packed(step, arrays[path], targets[path], mesh)
         in_flight += step.nbytes
         done += step.nbytes
         progress("load", done, total)
     return jax.block_until_ready(arrays)
 
 
-@partial(jax.jit, static_argnames="specs")
-def _zeros(specs: tuple[tuple[tuple[int, ...], np.dtype, NamedSharding], ...]) -> list[jax.Array]:
-    """One program for all parameters, so that start-up compiles little."""
-    return [
-        jax.lax.with_sharding_constraint(jnp.zeros(shape, dtype), lies)
-        for shape, dtype, lies in specs
-    ]
-
-
-def _source_sharding(layout: Layout, mesh: Mesh) -> NamedSharding:
-    """The source split as its target will be: a group of axes by its first letter. Kv heads that
-    get repeated are fewer than the devices and come whole."""
-    size = dict(zip((a for group in layout.source_axes for a in group), layout.sizes, strict=True))
-    first = [group[0] for group in layout.source_axes]
-    whole = "K" if layout.kv_replicas > 1 else ""
-    axes = [None if letter in whole else AXES[letter] for letter in first]
-    return sharding(mesh, axes, [size[letter] for letter in first])
-
-
-@partial(jax.jit, static_argnames=("layout", "lies"), donate_argnames="parameter")
-def _write(
-    parameter: jax.Array, tensor: jax.Array, start: jax.Array, layout: Layout, lies: NamedSharding
-) -> jax.Array:
-    """`tensor` in its place in `parameter`, which it reuses; one program per layout and dtype."""
-    letters = [letter for group in layout.source_axes for letter in group]
-    order = [letter for group in layout.target_axes for letter in group]
-    value = tensor.astype(parameter.dtype).reshape(layout.sizes)
-    value = value.transpose([letters.index(letter) for letter in order])
-    if layout.kv_replicas > 1 and "K" in order:
-        value = value.repeat(layout.kv_replicas, axis=order.index("K"))
-    at = [start[axis] for axis in range(parameter.ndim)]
-    written = jax.lax.dynamic_update_slice(parameter, value.reshape(layout.slot), at)
-    return jax.lax.with_sharding_constraint(written, lies)
-
-
-def _restore(
-    folder: Path,
-    targets: Mapping[tuple, jax.ShapeDtypeStruct],
-    kv_axis: Mapping[tuple, int],
-    heads: int,
-    replicas: int,
-    progress: Progress,
-) -> dict[tuple, jax.Array]:
-    """The converted arrays, cast and placed. Where kv heads are to be repeated, the `heads` that
-    it has are read whole first."""
-    repeated = dict(kv_axis) if replicas > 1 else {}
+def _restored(
+    model: Transformer, checkpoint: Checkpoint, replicas: int, progress: Progress
+) -> Transformer:
+    """The abstract model with the converted arrays, cast and placed. Where kv heads are to be
+    repeated, those that the checkpoint has are read whole first."""
+    graph, state = nnx.split(model)
+    flat = nnx.to_flat_state(state)
+    targets = {path: param.get_value() for path, param in flat}
+    axes = {path: axes_of(param) for path, param in flat}
+    repeated = {p: names.index("kv_heads") for p, names in axes.items() if "kv_heads" in names}
+    repeated, heads = repeated if replicas > 1 else {}, checkpoint.config.num_kv_heads
     asked = dict(targets)
     for path, axis in repeated.items():
         t = targets[path]
@@ -250,7 +222,7 @@ def _restore(
         asked[path] = jax.ShapeDtypeStruct(shape, t.dtype, sharding=whole)
     total = sum(t.size * t.dtype.itemsize for t in asked.values())
     progress("load", 0, total)
-    arrays = read_parameters(folder, asked)
+    arrays = read_parameters(checkpoint.path, asked)
     for path, axis in repeated.items():
         t = targets[path]
 
@@ -261,4 +233,5 @@ def _restore(
         arrays[path] = jax.jit(repeat, out_shardings=t.sharding)(arrays[path])
     jax.block_until_ready(arrays)
     progress("load", total, total)
-    return arrays
+    filled = [(path, param.replace(arrays[path])) for path, param in flat]
+    return nnx.merge(graph, nnx.from_flat_state(filled))

@@ -210,15 +210,21 @@ def test_fewer_bits_are_fewer_bytes_to_read(capsys):
     assert speeds["fp8"] == pytest.approx(speeds["int8"], rel=0.01)
 
 
-def test_weights_that_only_fit_quantized_are_to_be_written_so(capsys):
-    flags = ("--max_model_len=4096", "--quantization=int4")
-    small = plan(capsys, "llama-3.1-8b", "h200", *flags)
-    assert not any("xlinfer.compile" in note for note in small["notes"])
-    large = plan(capsys, "llama-3.1-70b", "h200", *flags)
-    assert any("xlinfer.compile --weights --quantization=int4" in note for note in large["notes"])
-    changes = plan(capsys, "llama-3.1-70b", "h200", "--max_model_len=4096", code=1)["changes"]
-    needed = {c["flags"]: c["needs_compiled_weights"] for c in changes}
-    assert needed == {f: f.startswith("--quantization") for f in needed} and any(needed.values())
+def test_a_quantized_checkpoint_is_planned_as_it_is(capsys, tmp_path):
+    config = json.loads((CONFIGS / "llama-3.1-8b.json").read_text())
+    gptq = {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": False}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": gptq}))
+    argv = ["xlinfer.plan", f"--model={tmp_path}", "--target=h200", "--max_model_len=8192"]
+    assert main([*argv, "--json"]) == 0
+    own = json.loads(capsys.readouterr().out)
+    rounded = plan(capsys, "llama-3.1-8b", "h200", "--max_model_len=8192", "--quantization=int4")
+    assert own["model"]["quantization"] == "gptq"
+    assert own["model"]["parameters"] == PARAMETERS["llama-3.1-8b"]
+    assert own["memory"] == rounded["memory"]
+    assert main([*argv, "--quantization=int8"]) == 1
+    assert (
+        "quantization=int8: the checkpoint is quantized already (gptq)" in capsys.readouterr().err
+    )
 
 
 def test_local_is_what_is_here(capsys):
@@ -246,7 +252,6 @@ LLAMA = f"--model={CONFIGS / 'llama-3.1-8b.json'}"
         ((LLAMA,), "--target is required"),
         ((LLAMA, "--target=v6e-1", "--max_model_len=0"), "max_model_len"),
         ((LLAMA, "--target=v6e-1", "--quantization=int3"), "int3"),
-        ((LLAMA, "--target=v6e-1", "--matmul_impl=xla"), "name a --quantization"),
         ((LLAMA, "--target=v6e-1", "more"), "unexpected argument 'more'"),
         ((LLAMA, "--target=v6e-1", "--nosuch=1"), "nosuch"),
         ((LLAMA, "--target=v6e-1", "--plot=/no/such/folder/a.png"), "--plot"),
@@ -266,10 +271,7 @@ def test_a_wrong_command_line_exits_2(capsys, argv, said):
         ((LLAMA, "--target=v6e-8", "--tensor_parallel_size=3"), "does not divide the 8 devices"),
         ((LLAMA, "--target=v6e-1", "--max_model_len=200000"), "max_position_embeddings=131072"),
         ((LLAMA, "--target=v6e-1", "--attention_impl=mosaic_gpu"), "runs on cuda"),
-        (
-            (LLAMA, "--target=v6e-8", "--quantization=int4", "--tensor_parallel_size=8"),
-            "quantized weights live on one",
-        ),
+        ((LLAMA, "--target=v6e-1", "--matmul_impl=xla"), "name a quantization"),
         (
             (LLAMA, "--target=v6e-8", "--max_num_seqs=64", "--max_num_batched_tokens=32"),
             "must be at least max_num_seqs=64",
@@ -358,7 +360,7 @@ def test_the_object_of_version_1_has_these_names(capsys):
     assert made.keys() == unfit.keys()
     assert set(unfit["changes"][0]) == {
         "flags", "target", "tensor_parallel_size", "replicas", "max_model_len",
-        "sequences_of_max_model_len", "needs_compiled_weights",
+        "sequences_of_max_model_len",
     }  # fmt: skip
 
 

@@ -221,7 +221,6 @@ def test_absent_and_optional_keys(cfg, field, want, tmp_path):
         (config("qwen2", layer_types=["sliding_attention"] * 2), "use_sliding_window is false"),
         (config("qwen2", layer_types="full_attention"), "'layer_types'"),
         (config("qwen2", layer_types=[1, 2]), "'layer_types'"),
-        (config(quantization_config={"quant_method": "awq"}), "awq.* no quantized format yet"),
         (config("lama"), "does not know model_type 'lama'. The nearest: llama"),
         (
             config("qwen2_vl"),

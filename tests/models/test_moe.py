@@ -10,7 +10,8 @@ from pallas_kernels.devices import DEVICES
 from tests.checkpoints import GOLDENS, config, llama_logits, tensors, write
 from xlinfer.mesh import make_mesh
 from xlinfer.models.moe import MoE
-from xlinfer.quant import QTensor, quantize_model
+from xlinfer.quant import QTensor
+from xlinfer.quantize import quantize_model
 from xlinfer.weights import load_model
 
 CPU = DEVICES["cpu"]

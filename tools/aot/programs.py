@@ -22,7 +22,7 @@ from xlinfer.compile import options_for
 from xlinfer.config import ModelConfig
 from xlinfer.deployment import Job, Sizes, deploy, facts_of
 from xlinfer.mesh import TENSOR
-from xlinfer.quant import quantize_model
+from xlinfer.quantize import quantize_model
 from xlinfer.topology import described_mesh, lower
 from xlinfer.weights import abstract_model
 

@@ -24,7 +24,7 @@ from xlinfer import compile
 from xlinfer.config import ModelConfig
 from xlinfer.engine.engine import Engine
 from xlinfer.models.transformer import Transformer
-from xlinfer.quant import quantize_model
+from xlinfer.quantize import quantize_model
 from xlinfer.request import Request, SamplingParams
 
 

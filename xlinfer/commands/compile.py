@@ -28,9 +28,8 @@ from xlinfer.compile.store import Store, check_private
 from xlinfer.converted import BESIDE
 from xlinfer.deployment import Deployment, paths_of
 from xlinfer.flags import UsageError
-from xlinfer.mesh import device_of, make_mesh
+from xlinfer.mesh import make_mesh
 from xlinfer.progress import Progress, show_progress
-from xlinfer.quant import quantize_model
 from xlinfer.setup import Setup, deployment_for
 from xlinfer.weights import load_model
 
@@ -135,9 +134,9 @@ def write_weights(
 ) -> None:
     """The parameters as the programs take them, and what stands beside them in the checkpoint."""
     mesh = make_mesh(setup.tensor_parallel_size, jax.devices("cpu"))
-    loaded = load_model(model, dtype=setup.dtype, mesh=mesh, progress=progress)
-    if setup.quantization is not None:
-        quantize_model(loaded, setup.quantization, device_of(mesh), None)
+    loaded = load_model(
+        model, dtype=setup.dtype, mesh=mesh, quantization=setup.quantization, progress=progress
+    )
     state = nnx.state(loaded)
     arrays = dict(zip(paths_of(state), jax.tree.leaves(state), strict=True))
     wanted = dict(zip(deployment.paths, deployment.params, strict=True))

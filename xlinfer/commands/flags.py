@@ -35,12 +35,6 @@ def setup_of(values: flags.FlagValues) -> Setup:
 
 
 def wish_of(values: flags.FlagValues) -> Wish:
-    """Raises UsageError."""
-    if values.matmul_impl is not None and values.quantization is None:
-        raise UsageError(
-            f"--matmul_impl={values.matmul_impl} chooses how quantized weights are multiplied, "
-            "and there are none: name a --quantization too, or leave it out"
-        )
     valued: dict[str, Any] = {name: values[name].value for name in values}
     sizes = {name: valued[name] for name in Sizes.__dataclass_fields__ if name in valued}
     others = {name: valued[name] for name in Wish.__dataclass_fields__ if name != "sizes"}

@@ -13,6 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from converters import read_scheme
+from converters.quantization import KEYS
 from xlinfer.commands.changes import Change
 from xlinfer.commands.sizing import Planned, Wish
 from xlinfer.deployment import activation_bytes, bytes_on_one, sampler_bytes
@@ -24,7 +26,7 @@ from xlinfer.plan.roofline import (
     prefill_steps,
     total_seconds,
 )
-from xlinfer.setup import shapes_for
+from xlinfer.setup import Setup, shapes_for
 from xlinfer.weights import DTYPES
 
 VERSION = 1  # of the object; larger where a name or unit changed
@@ -74,23 +76,25 @@ def _model(planned: Planned, wish: Wish) -> dict[str, Any]:
         "model_type": planned.setup.config["model_type"],
         "parameters": parameters(planned),
         "dtype": planned.setup.dtype,
-        "quantization": planned.setup.quantization,
+        "quantization": planned.setup.quantization or _format(planned.setup),
         "max_position_embeddings": planned.deployment.facts.max_position_embeddings,
     }
 
 
+def _format(setup: Setup) -> str | None:
+    """The checkpoint's own, where it is quantized."""
+    scheme = read_scheme("config.json", setup.config)
+    return None if scheme is None else scheme.name
+
+
 def parameters(planned: Planned) -> int:
     """The checkpoint's own: no kv head is counted twice."""
-    plain = replace(planned.setup, tensor_parallel_size=1, quantization=None, matmul_impl=None)
+    config = {name: x for name, x in planned.setup.config.items() if name not in KEYS}
+    plain = replace(
+        planned.setup, config=config, tensor_parallel_size=1, quantization=None, matmul_impl=None
+    )
     state = shapes_for(plain, planned_for=planned.target).state
     return sum(math.prod(x.shape) for x in jax.tree.leaves(state))
-
-
-def is_too_large_to_quantize(planned: Planned) -> bool:
-    """Where the weights are loaded as floats and then quantized."""
-    if planned.setup.quantization is None:
-        return False
-    return parameters(planned) * DTYPES[planned.setup.dtype].itemsize > planned.memory.usable_bytes
 
 
 def _target(planned: Planned) -> dict[str, Any]:
@@ -253,7 +257,6 @@ def _change(change: Change) -> dict[str, Any]:
         "replicas": planned.replicas,
         "max_model_len": planned.deployment.plan.max_model_len,
         "sequences_of_max_model_len": planned.concurrency(planned.deployment.plan.max_model_len),
-        "needs_compiled_weights": is_too_large_to_quantize(planned),
     }
 
 
@@ -282,12 +285,6 @@ def _notes(planned: Planned) -> list[str]:
             "other; what goes between devices (two all-reduces a layer, all logits to each) "
             "overlaps neither; starting programs and transfers takes no time"
             + ("; experts are chosen with equal chances." if planned.work.num_experts else ".")
-        )
-    if is_too_large_to_quantize(planned):
-        notes.append(
-            f"A server quantizes on the device, where the float weights do not fit: have "
-            f"python -m xlinfer.compile --weights --quantization={planned.setup.quantization} "
-            "write them once."
         )
     estimates = "Temporaries and load times are" if planned.fit.fits else "Temporaries are"
     notes.append(f"{estimates} estimates.")

@@ -204,13 +204,12 @@ def _changes(made: dict[str, Any]) -> str:
     for change in made["changes"]:
         sequences, replicas = change["sequences_of_max_model_len"], change["replicas"]
         size = change["tensor_parallel_size"]
-        written = ", weights from xlinfer.compile" if change["needs_compiled_weights"] else ""
         shared = f"{_shared(replicas, size)}, " if replicas * size > 1 else ""
         rows.append(
             (
                 change["flags"],
                 f"{shared}{sequences} {_s('sequence', sequences)} of {change['max_model_len']:,} "
-                f"tokens{' in each' if replicas > 1 else ''}{written}",
+                f"tokens{' in each' if replicas > 1 else ''}",
             )
         )
     return _block("Any of these makes it fit", rows)

@@ -13,7 +13,7 @@ from xlinfer.models.causal_lm import causal_attend
 from xlinfer.models.parts import bias, hidden_norm, weight
 from xlinfer.models.rope import Angles, rope_angles, rope_frequencies
 from xlinfer.models.scan import scan_layers
-from xlinfer.quant import apart, together
+from xlinfer.quant import QTensor, apart, lookup, product, together
 
 
 class Transformer(nnx.Module):
@@ -37,7 +37,7 @@ class Transformer(nnx.Module):
         rngs: nnx.Rngs,
     ):
         V, D, M = cfg.vocab_size, cfg.hidden_size, cfg.max_position_embeddings
-        self.embed_VD = weight(rngs, dtype, ("vocab", "hidden"), V, D)
+        self.embed_VD = weight(rngs, dtype, ("vocab", "hidden"), V, D, is_table=True)
         if cfg.embedding_norm:
             self.embed_norm = hidden_norm(cfg, dtype)
         if cfg.learned_positions:
@@ -100,7 +100,7 @@ class Transformer(nnx.Module):
             return block(x_BTD, angles, attend, kv, layer=index, window=window)
 
         index_L = jnp.arange(self.cfg.num_layers)
-        x_BTD = self.embed_VD[...][tokens_BT]
+        x_BTD = lookup(self.embed_VD, tokens_BT).astype(self.norm.scale_D[...].dtype)
         if self.cfg.embedding_norm:
             x_BTD = self.embed_norm(x_BTD)
         if self.cfg.embedding_multiplier != 1.0:
@@ -124,11 +124,12 @@ class Transformer(nnx.Module):
 
     def logits(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Float32 scores of the next token."""
-        if self.cfg.tie_word_embeddings:
-            equation, head = "BTD,VD->BTV", self.embed_VD[...]
+        tied = self.cfg.tie_word_embeddings
+        head, equation = (self.embed_VD, "BTD,VD->BTV") if tied else (self.head_DV, "BTD,DV->BTV")
+        if isinstance(head.get_value(), QTensor):
+            y_BTV = product(x_BTD, head).astype(jnp.float32)
         else:
-            equation, head = "BTD,DV->BTV", self.head_DV[...]
-        y_BTV = jnp.einsum(equation, x_BTD, head, preferred_element_type=jnp.float32)
+            y_BTV = jnp.einsum(equation, x_BTD, head[...], preferred_element_type=jnp.float32)
         if self.cfg.head_bias:
             y_BTV += self.head_bias_V[...].astype(jnp.float32)[None, None]
         if self.cfg.logits_divisor != 1.0:

@@ -98,8 +98,7 @@ def build(options: EngineOptions, progress: Progress) -> Built:
     import converters
     from xlinfer.compile.store import Store, use_jax_cache
     from xlinfer.engine.engine import Engine
-    from xlinfer.mesh import device_of, make_mesh
-    from xlinfer.quant import quantize_model
+    from xlinfer.mesh import make_mesh
     from xlinfer.weights import load_model
 
     kept = None
@@ -112,14 +111,15 @@ def build(options: EngineOptions, progress: Progress) -> Built:
         options.tokenizer or options.model, chat_template=options.chat_template
     )
     mesh = make_mesh(options.tensor_parallel_size)
-    if options.matmul_impl is not None and options.quantization is None:
+    if options.matmul_impl is not None and not (options.quantization or checkpoint.scheme):
         raise ValueError(
             f"matmul_impl={options.matmul_impl} chooses how quantized weights are multiplied, and "
             "there are none: name a quantization too, or leave it out"
         )
-    module = load_model(options.model, dtype=options.dtype, mesh=mesh, progress=progress)
-    if options.quantization is not None:
-        quantize_model(module, options.quantization, device_of(mesh), options.matmul_impl)
+    module = load_model(
+        options.model, dtype=options.dtype, mesh=mesh, quantization=options.quantization,
+        matmul_impl=options.matmul_impl, progress=progress,
+    )  # fmt: skip
     # What nobody asked for is left to the engine's own defaults.
     given = {name: value for name in _ENGINE if (value := getattr(options, name)) is not None}
     engine = Engine(module, mesh=mesh, kept=kept, progress=progress, **given)
@@ -190,14 +190,12 @@ def _checkpoint_parameters(source: str, opened: Any, progress: Progress) -> tupl
     import jax
     from flax import nnx
 
-    from converters.errors import read_object
+    import converters
     from xlinfer.compile.artifact import ArtifactError, config_digest
-    from xlinfer.mesh import device_of
-    from xlinfer.quant import quantize_model
     from xlinfer.weights import load_model
 
     setup = opened.manifest["setup"]
-    config = read_object(Path(source).expanduser() / "config.json")
+    config = converters.read_config(Path(source).expanduser())
     if config_digest(config) != opened.manifest["config_sha256"]:
         names = sorted({*config, *setup["config"]})
         changed = [n for n in names if config.get(n) != setup["config"].get(n)]
@@ -205,8 +203,8 @@ def _checkpoint_parameters(source: str, opened: Any, progress: Progress) -> tupl
             f"{opened.path} was compiled for another model than {source}: its config.json differs "
             f"in {', '.join(changed[:8])}. Name the model it was compiled for, or compile it again."
         )
-    module = load_model(source, dtype=setup["dtype"], mesh=opened.mesh, progress=progress)
-    if setup["quantization"] is not None:
-        method, impl = setup["quantization"], setup["matmul_impl"]
-        quantize_model(module, method, device_of(opened.mesh), impl)
+    module = load_model(
+        source, dtype=setup["dtype"], mesh=opened.mesh, quantization=setup["quantization"],
+        matmul_impl=setup["matmul_impl"], progress=progress,
+    )  # fmt: skip
     return tuple(jax.tree.leaves(nnx.state(module)))

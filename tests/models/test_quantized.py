@@ -1,0 +1,95 @@
+"""Quantized checkpoints, as the formats' own libraries wrote them, against the logits that
+transformers computes with the same weights dequantized (tests/data/quantized)."""
+
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file
+
+from converters import open_checkpoint, read_config, read_scheme, weight_forms
+from tests.checkpoints import QUANTIZED, QUANTIZED_GOLDENS
+from xlinfer.engine.engine import Engine
+from xlinfer.mesh import make_mesh
+from xlinfer.quant import QTensor
+from xlinfer.request import Request, SamplingParams
+from xlinfer.weights import load_model
+
+ATOL = 2e-4  # float32 against transformers' float32: two orders of summation
+# Where inputs are rounded too, one that lies between two numbers may go either way, and moves a
+# logit by far more than summation does; logits vary by 1.4.
+ATOL_RMS = 5e-3
+ROUNDED_INPUTS = ("ct-fp8-dynamic", "ct-w8a8-int8-dynamic", "fp8-block-qwen3")
+# The others' golden tokens are those of inputs that are not rounded.
+WEIGHTS_ONLY = [n for n in QUANTIZED if n not in ROUNDED_INPUTS]
+QUICK = ("gptq-v1-asym-actorder-g32", "mxfp4-gpt-oss")
+
+
+def logits_differ(model, golden) -> tuple[float, float]:
+    """The largest difference and its root mean square."""
+    want = golden.get("logits_act", golden["logits"])
+    difference = np.asarray(model(jnp.asarray(golden["input_ids"]))) - want
+    return float(np.abs(difference).max()), float(np.sqrt((difference**2).mean()))
+
+
+def held(model) -> dict[tuple, QTensor]:
+    flat = nnx.to_flat_state(nnx.state(model))
+    return {path: q for path, p in flat if isinstance(q := p.get_value(), QTensor)}
+
+
+@pytest.mark.parametrize("style", ["config.json", "config_v4.json"])
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_logits_are_those_of_the_dequantized_weights(name, style, tmp_path):
+    folder = tmp_path / name
+    shutil.copytree(QUANTIZED_GOLDENS / name, folder)
+    (folder / style).rename(folder / "config.json")
+    golden = load_file(folder / "golden.safetensors")
+    model = load_model(folder)
+    largest, rms = logits_differ(model, golden)
+    assert rms < ATOL_RMS if "logits_act" in golden else largest < ATOL
+    experts = 2 if QUANTIZED[name][1] == "gpt_oss" else 7
+    assert len(held(model)) == experts, "they stay packed"
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_the_plan_knows_the_forms_without_the_weights(name):
+    folder = QUANTIZED_GOLDENS / name
+    scheme = read_scheme("config.json", read_config(folder))
+    forms = weight_forms(open_checkpoint(folder).config, scheme, "config.json")
+    assert forms == {path: q.form for path, q in held(load_model(folder)).items()}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in WEIGHTS_ONLY],
+)
+def test_greedy_tokens_through_the_engine(name):
+    golden = load_file(QUANTIZED_GOLDENS / name / "golden.safetensors")
+    model = load_model(QUANTIZED_GOLDENS / name)
+    engine = Engine(model, max_num_seqs=2, max_num_batched_tokens=16, max_model_len=64, page_size=4)
+    greedy = SamplingParams(temperature=0, max_tokens=8)
+    for i, prompt in enumerate(golden["input_ids"].tolist()):
+        engine.add_request(
+            Request(request_id=str(i), prompt_token_ids=tuple(prompt), sampling=greedy)
+        )
+    tokens: dict[str, list[int]] = {"0": [], "1": []}
+    while engine.has_work:
+        for out in engine.step():
+            tokens[out.request_id] += out.token_ids
+    assert [tokens["0"], tokens["1"]] == golden["greedy"].tolist()
+
+
+@pytest.mark.parametrize("name", ["ct-w4a16-sym-g32", "gptq-v1-asym-actorder-g32", "mxfp4-gpt-oss"])
+@pytest.mark.parametrize("devices", [2, 4])
+def test_logits_on_several_devices(name, devices):
+    golden = load_file(QUANTIZED_GOLDENS / name / "golden.safetensors")
+    model = load_model(QUANTIZED_GOLDENS / name, mesh=make_mesh(devices))
+    largest, _ = logits_differ(model, golden)
+    assert largest < ATOL
+    for path, q in held(model).items():
+        shard = q.data_NK.sharding.shard_shape(q.data_NK.shape)
+        assert np.prod(shard) * devices == q.data_NK.size, f"{path} is divided"
+    jax.block_until_ready(nnx.state(model))

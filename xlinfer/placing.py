@@ -1,0 +1,240 @@
+"""Tensors of a checkpoint into their places among the parameters, on the device.
+
+A tensor is moved as it is; the programs here cast, unpack and transpose it and write it into the
+parameter, whose buffer they reuse.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from converters import Cut, Layout, PackedStep, Rule, Step, cut_out, read_tensor
+from converters.formats.packing import Round
+from converters.packed import EXPERTS, IN, OUT, WHOLE, array_rule
+from pallas_kernels.devices import DEVICES
+from xlinfer.forms import FP8_BLOCK, Form
+from xlinfer.mesh import TENSOR, sharding
+from xlinfer.quant import ARRAYS, QTensor, array_axes, dequantize
+from xlinfer.quantize import ROUNDED
+from xlinfer.unpack import Unpacked, unpack
+
+Held = dict[str, jax.Array]  # the arrays of a QTensor, by name
+Way = tuple[Layout, Cut | None]  # from a source to its place
+# The letters of converters.rules -> logical axes of mesh.RULES.
+AXES: Mapping[str, str | None] = {
+    "D": "hidden",
+    "F": "ffw",
+    "N": "heads",
+    "K": "kv_heads",
+    "H": "head_dim",
+    "V": "vocab",
+    "1": None,
+    "E": "experts",
+    "R": "routes",
+    "P": "expert_ffw",
+    "I": "expert_ffw",
+    "S": "ffw",
+    "M": "positions",
+}
+
+
+@partial(jax.jit, static_argnames="specs")
+def zeros(specs: tuple[tuple[tuple[int, ...], np.dtype, NamedSharding], ...]) -> list[jax.Array]:
+    """One program for all parameters, so that start-up compiles little."""
+    return [
+        jax.lax.with_sharding_constraint(jnp.zeros(shape, dtype), lies)
+        for shape, dtype, lies in specs
+    ]
+
+
+def place(step: Step, parameter: jax.Array, lies: NamedSharding, mesh: Mesh) -> jax.Array:
+    """`parameter` with the step's tensor in it; `parameter` itself is used up."""
+    layout = step.rule.layout
+    host = cut_out(read_tensor(step.tensor), step.rule)
+    if host.dtype == np.float64:  # jax has no such arrays by default
+        host = host.astype(np.float32)
+    moved = jax.device_put(host, _source_sharding(layout, mesh))
+    return _write(parameter, moved, np.array(step.start, np.int32), layout, lies)
+
+
+def _source_sharding(layout: Layout, mesh: Mesh) -> NamedSharding:
+    """The source split as its target will be: a group of axes by its first letter. Kv heads that
+    get repeated are fewer than the devices and come whole."""
+    size = dict(zip((a for group in layout.source_axes for a in group), layout.sizes, strict=True))
+    first = [group[0] for group in layout.source_axes]
+    whole = "K" if layout.kv_replicas > 1 else ""
+    axes = [None if letter in whole else AXES[letter] for letter in first]
+    return sharding(mesh, axes, [size[letter] for letter in first])
+
+
+@partial(jax.jit, static_argnames=("layout", "lies"), donate_argnames="parameter")
+def _write(
+    parameter: jax.Array, tensor: jax.Array, start: jax.Array, layout: Layout, lies: NamedSharding
+) -> jax.Array:
+    """`tensor` in its place in `parameter`, which it reuses; one program per layout and dtype."""
+    value = _laid_out(tensor.astype(parameter.dtype), (layout, None))
+    return _put(parameter, value, start, lies)
+
+
+def _laid_out(value: jax.Array, way: Way) -> jax.Array:
+    """What is cut out of `value`, with the axes of its target."""
+    layout, cut = way
+    if cut is not None:
+        whole = value.reshape(cut.view)
+        value = jax.lax.slice_in_dim(whole, cut.start, cut.stop, axis=cut.axis)
+    letters = [letter for group in layout.source_axes for letter in group]
+    order = [letter for group in layout.target_axes for letter in group]
+    value = value.reshape(layout.sizes).transpose([letters.index(letter) for letter in order])
+    if layout.kv_replicas > 1 and "K" in order:
+        value = value.repeat(layout.kv_replicas, axis=order.index("K"))
+    return value.reshape(layout.slot)
+
+
+def _put(parameter: jax.Array, value: jax.Array, start: jax.Array, lies: NamedSharding) -> Any:
+    at = [start[axis] for axis in range(parameter.ndim)]
+    written = jax.lax.dynamic_update_slice(parameter, value.astype(parameter.dtype), at)
+    return jax.lax.with_sharding_constraint(written, lies)
+
+
+def place_packed(
+    step: PackedStep, parameter: QTensor | jax.Array, target: Any, mesh: Mesh
+) -> QTensor | jax.Array:
+    """`place` for a matrix of a quantized format; `target` is the QTensor, or array, of
+    ShapeDtypeStructs that `parameter` is to be."""
+    host = {role: read_tensor(tensor) for role, tensor in step.tensors.items()}
+    code, host = step.settle(host)
+    moved = {role: jax.device_put(x, _split_somewhere(x, mesh)) for role, x in host.items()}
+    if not isinstance(parameter, QTensor):
+        rule = array_rule(step.rule, _float_axes(step.rule), step.matrix.shape[-1])
+        start = np.array(rule.starts[step.source], np.int32)
+        return _write_floats(
+            parameter, moved, start, code, (rule.layout, rule.cut), target.sharding
+        )
+    form = parameter.form
+    arrays = {name: x for name in ARRAYS if (x := getattr(parameter, name)) is not None}
+    rules = array_rules(step.rule, form, step.matrix.shape[-1])
+    starts = {name: np.array(r.starts[step.source], np.int32) for name, r in rules.items()}
+    ways = tuple((name, (rule.layout, rule.cut)) for name, rule in rules.items())
+    lies = tuple((name, getattr(target, name).sharding) for name in arrays)
+    if isinstance(code, Round):
+        whole = array_rule(step.rule, (OUT, IN), step.matrix.shape[-1])
+        way = (whole.layout, whole.cut)
+        done = _write_rounded(arrays, moved["weight"], starts, code, form, way, lies)
+    else:
+        done = _write_packed(arrays, moved, starts, code, form, ways, lies)
+    return replace(parameter, **done)
+
+
+def array_rules(rule: Rule, form: Form, K: int) -> dict[str, Rule]:
+    """Where each array of a QTensor of `form` takes what is unpacked."""
+    shapes = form.shapes(1, K)
+    axes = array_axes(form, IN, OUT)
+    axes |= {"order_K": (WHOLE,)} if "order_K" in axes else {}
+    inside = {"data_NK": K, "order_K": K}
+    if form.scales == "group":
+        inside |= dict.fromkeys(("scale", "zero_GN"), shapes["scale"][0])
+    if form.scales == "block":
+        inside["scale"] = shapes["scale"][1]
+    return {name: array_rule(rule, axes[name], inside.get(name, 0)) for name in axes}
+
+
+def _float_axes(rule: Rule) -> tuple[str, ...]:
+    return tuple(IN if group == rule.inputs else OUT for group in rule.axes if group != EXPERTS)
+
+
+def _split_somewhere(x: np.ndarray, mesh: Mesh) -> NamedSharding:
+    """Divided among the devices, so that none holds all of it, along its longest axis that does."""
+    devices = dict(mesh.shape).get(TENSOR, 1)
+    axes = [i for i, n in enumerate(x.shape) if n % devices == 0 and n >= devices > 1]
+    if not axes:
+        return NamedSharding(mesh, PartitionSpec())
+    longest = max(axes, key=lambda i: x.shape[i])
+    return NamedSharding(mesh, PartitionSpec(*[None] * longest, TENSOR))
+
+
+Lies = tuple[tuple[str, NamedSharding], ...]
+
+
+@partial(jax.jit, static_argnames=("code", "form", "ways", "lies"), donate_argnames="held")
+def _write_packed(
+    held: Held, parts: Held, starts: Held, code: Any, form: Form,
+    ways: tuple[tuple[str, Way], ...], lies: Lies,
+) -> Held:  # fmt: skip
+    values, sharding_of = _arrays(unpack(code, parts), form), dict(lies)
+    done = {}
+    for name, way in ways:
+        value, start = _laid_out(values[name], way), starts[name]
+        if name == "scale" and form.scales == "block":  # every row has its block's until here
+            value = value[..., ::FP8_BLOCK, :]
+            start = _blocks(start)
+        done[name] = _put(held[name], value, start, sharding_of[name])
+    return done
+
+
+def _blocks(start: jax.Array) -> jax.Array:
+    """The first block of 128 rows, where `start` has the first row."""
+    return start.at[-2].set(start[-2] // FP8_BLOCK)
+
+
+def _arrays(found: Unpacked, form: Form) -> Held:
+    """The arrays of one matrix of `form` as array_rule wants them: experts, outputs, inputs."""
+    *lead, N, _ = found.numbers.shape
+    scale = found.scale
+    if form.scales == "channel" and scale.ndim == len(lead):
+        scale = jnp.broadcast_to(scale[..., None], (*lead, N))
+    if found.in_blocks:
+        scale = jnp.repeat(scale, FP8_BLOCK, axis=-2)[..., :N, :]
+    values = {"data_NK": found.numbers, "scale": scale, "zero_GN": found.zero_NG}
+    values |= {"order_K": found.order_K, "input_scale": found.input_scale}
+    return {name: x for name, x in values.items() if x is not None}
+
+
+@partial(jax.jit, static_argnames=("code", "form", "way", "lies"), donate_argnames="held")
+def _write_rounded(
+    held: Held, weight: jax.Array, starts: Held, code: Round, form: Form, way: Way, lies: Lies
+) -> Held:
+    """Float weights, rounded in the order of their place: blocks are of rows that lie together."""
+    slot = _laid_out(weight.transpose(code.axes), way).astype(jnp.float32)
+    *lead, N, K = slot.shape
+    flat = slot.reshape(-1, N, K)
+    data, scale = jax.lax.map(ROUNDED[code.method], flat)
+    done, sharding_of = {}, dict(lies)
+    for name, value in {"data_NK": data, "scale": scale}.items():
+        start = starts[name]
+        if name == "scale" and form.scales == "block":
+            start = _blocks(start)
+        if name == "scale" and form.scales == "group" and scale.ndim == 3 and form.dtype != "int4":
+            value = jnp.repeat(value, FP8_BLOCK, 1)[:, :N].swapaxes(1, 2)
+        value = value.reshape(*lead, *value.shape[1:])
+        done[name] = _put(held[name], value, start, sharding_of[name])
+    return done
+
+
+@partial(jax.jit, static_argnames=("code", "way", "lies"), donate_argnames="parameter")
+def _write_floats(
+    parameter: jax.Array, parts: Held, start: jax.Array, code: Any, way: Way, lies: NamedSharding
+) -> jax.Array:
+    """A matrix that no form holds, as floats."""
+    return _put(parameter, _laid_out(floats(unpack(code, parts)), way), start, lies)
+
+
+def floats(found: Unpacked) -> jax.Array:
+    """[*E, N, K] float32, inputs in the matrix's own order."""
+    lead, scale = found.numbers.ndim - 2, found.scale
+    kind = "block" if found.in_blocks else ("tensor", "channel", "group")[scale.ndim - lead]
+    zero_NG = found.zero_NG
+    weight = QTensor(
+        form=Form(dtype="int8", scales=kind, grid=found.grid), data_NK=found.numbers,
+        scale=scale.swapaxes(-1, -2) if kind == "group" else scale,
+        zero_GN=None if zero_NG is None else zero_NG.swapaxes(-1, -2),
+        order_K=None, input_scale=None, layer=None, device=DEVICES["cpu"], impl=None, mesh=None,
+        axes=(None, None),
+    )  # fmt: skip
+    w_NK = dequantize(weight)
+    return w_NK if found.order_K is None else w_NK[..., jnp.argsort(found.order_K)]
