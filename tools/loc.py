@@ -9,7 +9,7 @@ MAX_FILE = 400  # lines
 BUDGET: dict[str, int | None] = {  # lines of a package; None bounds its files only
     "xlinfer": 14000,
     "pallas_kernels": 10000,
-    "converters": 4000,
+    "converters": 7000,
     "tools": None,
     "tests": None,
 }
