@@ -7,11 +7,13 @@ sources: "I D -> E (P I) D" stacks the experts, and within each of them its part
 other along one axis. The letters:
 
 D hidden  F ffw hidden  N query heads  K kv heads  H head_dim  V vocabulary  1 one
+X groups of query heads, one for each kv head  G query heads of a group: N is X by G
 E experts  R experts as the router scores them  P parts  I an expert's ffw hidden
 S the shared expert's ffw hidden   M positions
 
 An axis of the source may hold several pieces, one after the other: "(N|K|K H) D -> D (K H)" has
-the heads of q, k and v, of which the row says which piece is its own.
+the heads of q, k and v, of which the row says which piece is its own. Where they lie by turns,
+each group of query heads before its kv head, q is "(X G|1|1 H)", and k and v are "(K G|1|1 H)".
 """
 
 import itertools
@@ -87,6 +89,8 @@ def expand(rows: Iterable[Row], config: ModelConfig, kv_replicas: int = 1) -> tu
         "F": config.intermediate_size,
         "N": config.num_heads,
         "K": config.num_kv_heads,
+        "X": config.num_kv_heads,
+        "G": config.num_heads // config.num_kv_heads,
         "H": config.head_dim,
         "V": config.vocab_size,
         "M": config.max_position_embeddings,
@@ -102,9 +106,13 @@ def expand(rows: Iterable[Row], config: ModelConfig, kv_replicas: int = 1) -> tu
 def _rule(row: Row, layers: int, sizes: Mapping[str, int], kv_replicas: int) -> Rule:
     of_source, of_target = row.axes.split(" -> ")
     source_axes, whole_sizes, cut = _pieces(_groups(of_source), row.piece, sizes)
-    axes = _groups(of_target)
     path = tuple(row.target.split("."))
     letters = tuple(letter for group in source_axes for letter in group)
+    of_n = ("X", "G") if "X" in letters else ("N",)
+    axes = tuple(
+        tuple(a for letter in group for a in (of_n if letter == "N" else (letter,)))
+        for group in _groups(of_target)
+    )
     counted = [letter for group in axes for letter in group if letter not in letters]
     target_axes = tuple(tuple(a for a in group if a in letters) for group in axes)
     repeated = {**sizes, "K": sizes["K"] * kv_replicas}
@@ -155,7 +163,9 @@ def _pieces(
 ) -> tuple[Axes, list[list[int]], Cut | None]:
     """The axes with the piece that is meant in place of "N|K|K", the sizes of each group's axes in
     the whole source, and what to cut out of it."""
-    letters = tuple(tuple(_piece(axis, piece) for axis in group) for group in groups)
+    letters = tuple(
+        tuple(letter for axis in group for letter in _piece(axis, piece)) for group in groups
+    )
     of = lambda axis: sum(sizes[letter] for letter in axis.split("|"))
     whole = [[of(axis) for axis in group] for group in groups]
     flat = [axis for group in groups for axis in group]
@@ -167,8 +177,12 @@ def _pieces(
     return letters, whole, None
 
 
-def _piece(axis: str, piece: int) -> str:
-    return axis.split("|")[piece] if "|" in axis else axis
+def _piece(axis: str, piece: int) -> tuple[str, ...]:
+    """Of an axis, the letter that is meant; none where that is one of several and has size 1."""
+    if "|" not in axis:
+        return (axis,)
+    letter = axis.split("|")[piece]
+    return () if letter == "1" else (letter,)
 
 
 def cut_out(source: np.ndarray, rule: Rule) -> np.ndarray:

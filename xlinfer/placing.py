@@ -32,6 +32,8 @@ AXES: Mapping[str, str | None] = {
     "F": "ffw",
     "N": "heads",
     "K": "kv_heads",
+    "X": "heads",
+    "G": None,
     "H": "head_dim",
     "V": "vocab",
     "1": None,
@@ -65,10 +67,10 @@ def place(step: Step, parameter: jax.Array, lies: NamedSharding, mesh: Mesh) -> 
 
 def _source_sharding(layout: Layout, mesh: Mesh) -> NamedSharding:
     """The source split as its target will be: a group of axes by its first letter. Kv heads that
-    get repeated are fewer than the devices and come whole."""
+    get repeated, and groups, are fewer than the devices and come whole."""
     size = dict(zip((a for group in layout.source_axes for a in group), layout.sizes, strict=True))
     first = [group[0] for group in layout.source_axes]
-    whole = "K" if layout.kv_replicas > 1 else ""
+    whole = "KX" if layout.kv_replicas > 1 else ""
     axes = [None if letter in whole else AXES[letter] for letter in first]
     return sharding(mesh, axes, [size[letter] for letter in first])
 

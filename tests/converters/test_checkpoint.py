@@ -224,6 +224,29 @@ def test_a_piece_of_a_tensor():
     np.testing.assert_array_equal(got, fused[:, 1].reshape(16, 32))
 
 
+def test_a_piece_of_each_group_of_heads():
+    """Two query heads, their k and their v, then the next two; only kv heads are repeated."""
+    cfg = open_checkpoint(GOLDENS / "phi3").config
+    fused = np.arange(2 * 4 * 8 * 32).reshape(2, 4, 8, 32)
+    sources = {
+        "q": ("(X G|1|1 H)", "(N H)", fused[:, :2], (32, 32), (4, 8)),
+        "k": ("(K G|1|1 H)", "(K H)", fused[:, 2], (32, 32), (4, 8)),
+        "v": ("(K G|1|1 H)", "(K H)", fused[:, 3], (32, 32), (4, 8)),
+    }
+    for piece, (axes, to, want, shape, bias_shape) in enumerate(sources.values()):
+        rows = [
+            Row("weight", "w", f"{axes} D -> D {to}", piece=piece),
+            Row("bias", "b", f"{axes} -> {to.strip('()')}", piece=piece),
+        ]
+        weight, bias = expand(rows, cfg, kv_replicas=2)
+        assert (weight.source_shape, bias.source_shape) == ((64, 32), (64,))
+        assert (weight.shape, bias.shape) == (shape, bias_shape)
+        got = cut_out(fused.reshape(64, 32), weight)
+        np.testing.assert_array_equal(got, want.reshape(-1, 32))
+        got = cut_out(fused[..., 0].reshape(64), bias)
+        np.testing.assert_array_equal(got, want[..., 0].reshape(-1))
+
+
 def test_names_without_their_prefix(tmp_path):
     """As GPT-2 itself was published, its causal masks included."""
     cfg = json.loads((GOLDENS / "gpt2" / "config.json").read_text())
