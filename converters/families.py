@@ -14,6 +14,7 @@ from converters.gemma import GEMMA
 from converters.gemma2 import GEMMA2
 from converters.gemma3 import GEMMA3_TEXT
 from converters.gpt2 import GPT2
+from converters.gpt_bigcode import GPT_BIGCODE
 from converters.gpt_neox import GPT_NEOX
 from converters.gpt_oss import GPT_OSS
 from converters.granite import GRANITE
@@ -43,6 +44,7 @@ FAMILIES: Mapping[str, Family] = {
         GEMMA2,
         GEMMA3_TEXT,
         GPT2,
+        GPT_BIGCODE,
         GPT_NEOX,
         GPT_OSS,
         GRANITE,

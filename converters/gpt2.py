@@ -37,13 +37,14 @@ FIXED: Mapping[str, tuple[Any, ...]] = {
     "num_key_value_heads": (None,),
     "head_dim": (None,),
 }
-# Dropout, a classifier's head, the order of operations in half precision, a copy of n_positions.
-HARMLESS = frozenset(
+# A classifier's head.
+SUMMARY = frozenset(
     """
-    attn_pdrop summary_type summary_use_proj summary_activation summary_proj_to_labels
-    summary_first_dropout reorder_and_upcast_attn n_ctx
+    summary_type summary_use_proj summary_activation summary_proj_to_labels summary_first_dropout
     """.split()
 )
+# Dropout, the order of operations in half precision, a copy of n_positions.
+HARMLESS = frozenset({"attn_pdrop", "reorder_and_upcast_attn", "n_ctx"})
 LAYER = "transformer.h.{layer}."
 NAMES = {
     "embed": "transformer.wte",
@@ -64,7 +65,7 @@ NAMES = {
 
 def read_gpt2(constants: Constants) -> ModelConfig:
     constants = replace(constants, aliases=ALIASES)
-    constants = constants.check(known_keys(SIZES, HARMLESS), FIXED, ABSENT)
+    constants = constants.check(known_keys(SIZES, HARMLESS, SUMMARY), FIXED, ABSENT)
     if constants.get("intermediate_size") is None:
         constants = constants.having(intermediate_size=4 * constants.integer("hidden_size"))
     config = llama_config(

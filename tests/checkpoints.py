@@ -16,6 +16,8 @@ FAMILIES = (
     "gemma",
     "gemma2",
     "gemma3",
+    "gpt-bigcode",
+    "gpt-bigcode-heads",
     "gpt-neox",
     "gpt-oss",
     "gpt2",

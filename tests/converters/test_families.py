@@ -27,6 +27,10 @@ def gpt2(**changes):
     return {"model_type": "gpt2", **{k: v for k, v in {**names, **changes}.items() if v is not ...}}
 
 
+def bigcode(**changes):
+    return gpt2(model_type="gpt_bigcode", **changes)
+
+
 LAYER_NORM: dict[str, Any] = {"rms_norm_eps": ..., "layer_norm_eps": 1e-5, "head_dim": ...}
 PARTIAL: dict[str, Any] = {"head_dim": 8, "rope_parameters": {"partial_rotary_factor": 0.75}}
 
@@ -136,6 +140,11 @@ def test_constants_of_each_family(tmp_path):
         (gpt2(), "intermediate_size", 64),
         (gpt2(n_inner=20), "intermediate_size", 20),
         (gpt2(), "ropes", (None, None)),
+        (bigcode(), "num_kv_heads", 1),
+        (bigcode(num_key_value_heads=1), "hidden_act", "gelu_tanh"),
+        (bigcode(multi_query=False), "num_kv_heads", 4),
+        (bigcode(), "attention_scale", 0.5),
+        (bigcode(scale_attn_weights=False), "attention_scale", 1.0),
         (config("starcoder2", rms_norm_eps=..., use_bias=False), "mlp_bias", False),
         (
             config("gpt_oss", **GPT_OSS, rope_parameters=...),
@@ -278,6 +287,12 @@ def test_absent_and_optional_keys(cfg, field, want, tmp_path):
         (gpt2(n_head=0), "'n_head' is 0; it must be an integer >= 1"),
         (gpt2(activation_function="tanh"), "'activation_function' is 'tanh'"),
         (gpt2(scale_attn_by_inverse_layer_idx=True), "'scale_attn_by_inverse_layer_idx' is True"),
+        (
+            bigcode(num_key_value_heads=4),
+            "'num_key_value_heads' is 4; xlinfer computes only None or",
+        ),
+        (bigcode(multi_query="yes"), "'multi_query' is 'yes'; it must be true or false"),
+        (bigcode(add_cross_attention=True), "'add_cross_attention' is True"),
         (gpt2(hidden_size=32), "unknown model constant 'hidden_size'"),
         (config("starcoder2", rms_norm_eps=..., norm_type="rms_norm"), "'norm_type' is 'rms_norm'"),
         (config("gemma3"), "'gemma3' reads images beside text.* It knows bloom"),
