@@ -71,7 +71,7 @@ def read_bloom(constants: Constants) -> ModelConfig:
         attention_output_bias=True,
         mlp_bias=True,
     )
-    return replace(config, norm="layer", gated_mlp=False, alibi=True, embedding_norm=True)
+    return replace(config, norm="layer", gated_mlp=False, alibi_scale=1.0, embedding_norm=True)
 
 
 BLOOM = Family(

@@ -212,7 +212,7 @@ def llama_config(
         shared_norm=False,
         ropes=(rope,) * layers,
         rotary_dim=rotary_dim,
-        alibi=False,
+        alibi_scale=None,
         learned_positions=False,
         windows=windows or (None,) * layers,
         attention_scale=size**-0.5,

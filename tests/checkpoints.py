@@ -13,6 +13,9 @@ GOLDENS = Path(__file__).parent / "data" / "goldens"
 FAMILIES = (
     "bloom",
     "falcon",
+    "falcon-grouped",
+    "falcon-grouped-one-norm",
+    "falcon-rw",
     "gemma",
     "gemma2",
     "gemma3",

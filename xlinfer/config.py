@@ -116,7 +116,9 @@ class ModelConfig:
     shared_norm: bool  # with `parallel`: and by the same norm
     ropes: tuple[Rope | None, ...]  # per layer; None: q and k are not rotated
     rotary_dim: int  # even; of each head, the dimensions that are rotated: its first
-    alibi: bool  # a score falls with the distance, by a slope of each head's (arXiv 2108.12409)
+    # A score falls with the distance, by a slope of each head's (arXiv 2108.12409) times this one
+    # number; None: by none.
+    alibi_scale: float | None
     learned_positions: bool  # max_position_embeddings vectors, added to the embedding
     windows: tuple[int | None, ...]  # per layer: tokens seen, itself included; None sees all
     attention_scale: float  # multiplies q·k

@@ -31,6 +31,7 @@ def bigcode(**changes):
     return gpt2(model_type="gpt_bigcode", **changes)
 
 
+GROUPED: dict[str, Any] = {"new_decoder_architecture": True, "num_kv_heads": 2}
 LAYER_NORM: dict[str, Any] = {"rms_norm_eps": ..., "layer_norm_eps": 1e-5, "head_dim": ...}
 PARTIAL: dict[str, Any] = {"head_dim": 8, "rope_parameters": {"partial_rotary_factor": 0.75}}
 
@@ -137,6 +138,17 @@ def test_constants_of_each_family(tmp_path):
         (falcon(), "num_kv_heads", 1),
         (falcon(), "max_position_embeddings", 2048),
         (falcon(ffn_hidden_size=20, bias=True), "mlp_bias", True),
+        (falcon(num_kv_heads=71), "num_kv_heads", 1),
+        (falcon(), "shared_norm", True),
+        (falcon(parallel_attn=False), "shared_norm", False),
+        (falcon(multi_query=False), "num_kv_heads", 4),
+        (falcon(alibi=True), "ropes", (None, None)),
+        (falcon(alibi=True), "alibi_scale", 0.5),
+        (falcon(**GROUPED), "num_kv_heads", 2),
+        (falcon(**GROUPED), "shared_norm", False),
+        (falcon(**GROUPED, multi_query=False, num_ln_in_parallel_attn=2), "shared_norm", False),
+        (falcon(**GROUPED, num_ln_in_parallel_attn=1, ff_factor=4), "shared_norm", True),
+        (falcon(new_decoder_architecture=True), "num_kv_heads", 4),
         (gpt2(), "intermediate_size", 64),
         (gpt2(n_inner=20), "intermediate_size", 20),
         (gpt2(), "ropes", (None, None)),
@@ -199,9 +211,12 @@ def test_absent_and_optional_keys(cfg, field, want, tmp_path):
     "cfg, message",
     [
         (bloom(apply_residual_connection_post_layernorm=True), "xlinfer computes only False"),
-        (falcon(new_decoder_architecture=True), "'new_decoder_architecture' is True"),
-        (falcon(alibi=True), "'alibi' is True; xlinfer computes only False"),
-        (falcon(multi_query=False), "'multi_query' is False"),
+        (falcon(**GROUPED, parallel_attn=False), "'parallel_attn' is False; .* only True"),
+        (falcon(**GROUPED, num_ln_in_parallel_attn=3), "'num_ln_in_parallel_attn' is 3"),
+        (falcon(num_ln_in_parallel_attn=2), "'num_ln_in_parallel_attn' is 2; .* None or 1"),
+        (falcon(multi_query=False, num_kv_heads=2), "'num_kv_heads' is 2; .* only None or 4"),
+        (falcon(new_decoder_architecture=True, num_kv_heads=3), "4 is not a multiple"),
+        (falcon(num_key_value_heads=2), "'num_key_value_heads' is 2"),
         (config(foo=1), "unknown model constant 'foo'"),
         (config(foo=1, bar=2), "'bar', 'foo'"),
         (config(logits_scaling=8.0), "'logits_scaling'"),

@@ -146,12 +146,17 @@ class Attention(nnx.Module):
             q_BTNH, k_BTKH, v_BTKH, kv, layer=layer, window=window, scale=cfg.attention_scale,
             softcap=cfg.attention_softcap,
             sinks_N=self.sinks_N[...].astype(jnp.float32) if cfg.sinks else None,
-            alibi_N=alibi_slopes(cfg.num_heads) if cfg.alibi else None,
+            alibi_N=self._slopes(),
         )  # fmt: skip
         y_BTD = product(o_BTNH.reshape(*x_BTD.shape[:2], -1), self.o_NH_D)
         if cfg.attention_output_bias:
             y_BTD += self.o_bias_D[...][None, None]
         return y_BTD, kv
+
+    def _slopes(self) -> Float[Array, " N"] | None:
+        if (scale := self.cfg.alibi_scale) is None:
+            return None
+        return alibi_slopes(self.cfg.num_heads) * scale
 
 
 def alibi_slopes(num_heads: int) -> Float[Array, " N"]:
