@@ -118,7 +118,7 @@ def array_rule(rule: Rule, axes: tuple[str, ...], size: int) -> Rule:
             sizes.append(old.sizes[j])
             view.append(whole[j])
     if IN in axes or WHOLE in axes:
-        groups.append(("X",))
+        groups.append((IN,))
         sizes.append(size)
         view.append(size)
     if cut is not None:
@@ -145,7 +145,7 @@ def _targeted(
         if isinstance(i, str) and i != OUT:
             shape.append(size)
             slot.append(size)
-            target_axes.append(("X",))
+            target_axes.append((IN,))
             for start in starts:
                 start.append(0)
             continue

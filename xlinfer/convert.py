@@ -14,6 +14,7 @@ from absl import flags
 
 from converters import open_checkpoint
 from xlinfer.converted import Manifest, refuse_output, save_converted
+from xlinfer.flags import UsageError, help_text, read, show
 from xlinfer.mesh import make_mesh
 from xlinfer.progress import show_progress
 from xlinfer.weights import DTYPES, load_model, stored_dtype
@@ -33,35 +34,35 @@ def convert(model: str, output: str, dtype: str) -> Manifest:
 
 
 def parse(argv: Sequence[str]) -> flags.FlagValues:
-    """The flags of `argv`, program name first. Raises flags.Error for wrong ones."""
+    """The flags of `argv`, program name first. Raises UsageError for wrong ones."""
     values = flags.FlagValues()
     flags.DEFINE_string("model", None, "Folder of the checkpoint to read.", flag_values=values)
     flags.DEFINE_string("output", None, "Directory to write; must not exist.", flag_values=values)
     flags.DEFINE_enum(
         "dtype", "auto", ["auto", *DTYPES], "auto: the checkpoint's own.", flag_values=values
     )
-    flags.DEFINE_bool("help", False, "Show these flags.", flag_values=values)
-    extra = values(list(argv))[1:]
+    flags.DEFINE_bool("help", False, "Show these flags.", short_name="h", flag_values=values)
+    extra = read(values, argv)
     if extra:
-        raise flags.Error(f"unexpected argument {extra[0]!r}; write --model=... --output=...")
+        raise UsageError(f"unexpected argument {extra[0]!r}; write --model=... --output=...")
     missing = [name for name in ("model", "output") if not values[name].value]
-    if missing and not values["help"].value:
-        raise flags.Error(f"--{missing[0]} is required")
+    if missing and not values.help:
+        raise UsageError(f"--{missing[0]} is required")
     return values
 
 
 def main(argv: Sequence[str]) -> int:
     try:
         values = parse(argv)
-    except flags.Error as error:
+    except UsageError as error:
         print(f"xlinfer.convert: {error}", file=sys.stderr)
         return MISUSED
-    if values["help"].value:
-        print(__doc__, values.get_help(), sep="\n")
+    if values.help:
+        show(f"{__doc__}\n{help_text(values, {'h'})}")
         return 0
-    model, output, dtype = (str(values[name].value) for name in ("model", "output", "dtype"))
+    output = values.output
     try:
-        written = convert(model, output, dtype)
+        written = convert(values.model, output, values.dtype)
     except (ValueError, OSError, MemoryError, jax.errors.JaxRuntimeError) as error:
         first = str(error).partition("\n")[0] or type(error).__name__
         print(f"xlinfer.convert: {first}", file=sys.stderr)

@@ -3,6 +3,8 @@ vLLM's names, and how flags are read and shown. absl alone: the server reads its
 imports jax.
 """
 
+import os
+import sys
 import textwrap
 from collections.abc import Collection, Sequence
 from functools import partial
@@ -74,6 +76,14 @@ def read(values: flags.FlagValues, argv: Sequence[str]) -> list[str]:
         return values([argv[0], *(_underscored(argument, values) for argument in arguments)])[1:]
     except (flags.Error, OSError) as error:
         raise UsageError(str(error)) from None
+
+
+def show(text: str) -> None:
+    """Print it. A reader who has seen enough (`| head`) is no error."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def help_text(values: flags.FlagValues, hidden: Collection[str]) -> str:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from absl import flags
 
 from xlinfer.compile.artifact import PROGRAMS, ArtifactError, read_manifest
+from xlinfer.flags import UsageError, help_text, read, show
 from xlinfer.plan import PlanError
 from xlinfer.target import Target, parse_target
 
@@ -32,14 +33,14 @@ class Row(NamedTuple):
 def main(argv: Sequence[str]) -> int:
     values = flags.FlagValues()
     flags.DEFINE_bool("json", False, "Print JSON.", flag_values=values)
-    flags.DEFINE_bool("help", False, "Show these flags.", flag_values=values)
+    flags.DEFINE_bool("help", False, "Show these flags.", short_name="h", flag_values=values)
     try:
-        rest = values(list(argv))[1:]
-    except flags.Error as error:
+        rest = read(values, argv)
+    except UsageError as error:
         print(f"xlinfer.inspect: {error}", file=sys.stderr)
         return MISUSED
     if values.help:
-        print(__doc__, values.get_help(), sep="\n")
+        show(f"{__doc__}\n{help_text(values, {'h'})}")
         return 0
     if len(rest) != 1:
         print("xlinfer.inspect: name one artifact", file=sys.stderr)
@@ -58,9 +59,9 @@ def main(argv: Sequence[str]) -> int:
         return FAILED
     if values.json:
         shown = {k: v for k, v in manifest.items() if k != "parameters"}
-        print(json.dumps(shown | {"programs": [r._asdict() for r in rows]}, indent=1))
+        show(json.dumps(shown | {"programs": [r._asdict() for r in rows]}, indent=1))
     else:
-        print(table(str(path), manifest, rows))
+        show(table(str(path), manifest, rows))
     return 0
 
 

@@ -1,5 +1,8 @@
 """The command line of plan and compile, and what comes of it."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -37,6 +40,17 @@ def test_flags_may_stand_in_a_file(tmp_path):
     assert wish_of(values_of(f"--flagfile={file}", "model")).target == "v6e-8"
     with pytest.raises(UsageError, match="nosuch"):
         values_of("--flagfile=nosuch")
+
+
+@pytest.mark.parametrize("command", ["serve", "plan", "compile", "convert", "inspect"])
+def test_help_to_a_reader_who_has_seen_enough(command):
+    """As `--help | head -1` leaves it."""
+    ours, theirs = os.pipe()
+    os.close(ours)
+    argv = [sys.executable, "-m", f"xlinfer.{command}", "--help"]
+    done = subprocess.run(argv, stdout=theirs, stderr=subprocess.PIPE, text=True)
+    os.close(theirs)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_what_is_planned_is_what_is_compiled():

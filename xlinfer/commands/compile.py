@@ -27,7 +27,7 @@ from xlinfer.compile.parameters import write_parameters
 from xlinfer.compile.store import Store, check_private
 from xlinfer.converted import BESIDE
 from xlinfer.deployment import Deployment, paths_of
-from xlinfer.flags import UsageError
+from xlinfer.flags import UsageError, show
 from xlinfer.mesh import make_mesh
 from xlinfer.progress import Progress, show_progress
 from xlinfer.setup import Setup, deployment_for
@@ -60,7 +60,7 @@ def main(argv: Sequence[str]) -> int:
         print(f"xlinfer.compile: {error}", file=sys.stderr)
         return MISUSED
     if values.help:
-        print(__doc__, help_text(values), sep="\n")
+        show(f"{__doc__}\n{help_text(values)}")
         return 0
     try:
         setup = setup_of(values)

@@ -6,7 +6,6 @@ a model or target that is not known, and 2 for a wrong command line.
 """
 
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from xlinfer.commands.flags import define, help_text, parse, wish_of
 from xlinfer.commands.plan_report import report
 from xlinfer.commands.plan_text import as_text
 from xlinfer.commands.sizing import CONTEXT, plan_for
-from xlinfer.flags import UsageError
+from xlinfer.flags import UsageError, show
 
 FAILED, MISUSED = 1, 2  # exit codes
 
@@ -38,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         parse(values, argv, required=("model", "target"))
         if values["help"].value:
-            print(__doc__, help_text(values), sep="\n")
+            show(f"{__doc__}\n{help_text(values)}")
             return 0
         wish = wish_of(values)
         context, picture = int(values.context), values.plot
@@ -52,21 +51,13 @@ def main(argv: Sequence[str]) -> int:
         planned = plan_for(wish)
         changes = [] if planned.fit.fits else changes_for(wish, planned)
         made = report(planned, changes, wish, context=context)
-        _print(json.dumps(made, indent=2) if values["json"].value else as_text(made))
+        show(json.dumps(made, indent=2) if values["json"].value else as_text(made))
         if draw is not None:
             draw(planned, made, Path(picture).expanduser())
     except (ValueError, OSError, RuntimeError) as error:
         print(f"xlinfer.plan: {error}", file=sys.stderr)
         return FAILED
     return 0 if planned.fit.fits else FAILED
-
-
-def _print(text: str) -> None:
-    """A reader who has seen enough (`| head`) is no error."""
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _drawing(file: str | None):

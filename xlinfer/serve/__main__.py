@@ -12,7 +12,7 @@ from pathlib import Path
 
 from absl import flags
 
-from xlinfer.flags import UsageError
+from xlinfer.flags import UsageError, show
 from xlinfer.progress import show_progress
 from xlinfer.serve.build import DEMO_MODEL, DEMO_NAME, Built, EngineOptions, build
 from xlinfer.serve.flags import help_text, parse
@@ -30,7 +30,7 @@ def main(argv: Sequence[str]) -> None:
         print(f"error: {error}\nTry: python -m xlinfer.serve --help", file=sys.stderr)
         sys.exit(2)
     if values is None:
-        print(help_text())
+        show(help_text())
         return
     _set_up_logging(values.log_format)
     options, server_options = engine_options(values), server_options_of(values)
