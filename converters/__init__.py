@@ -18,6 +18,7 @@ from converters.errors import CheckpointError, read_object
 from converters.families import FAMILIES, parse_config
 from converters.formats.packing import Scheme, check_all_match
 from converters.formats.safetensors import TensorInfo, read_folder, read_tensor
+from converters.multimodal import LeftOut, text_document, text_tensors
 from converters.packed import form_of_rule, packings
 from converters.quantization import BESIDE, KEYS, read_scheme
 from converters.rules import Cut, Layout, Rule, cut_out, expand
@@ -31,6 +32,7 @@ __all__ = [
     "CheckpointError",
     "Cut",
     "Layout",
+    "LeftOut",
     "PackedStep",
     "Rule",
     "Scheme",
@@ -43,6 +45,7 @@ __all__ = [
     "read_config",
     "read_scheme",
     "read_tensor",
+    "text_document",
     "weight_forms",
 ]
 COMPARE_BYTES = 16 << 20  # of two tensors at a time
@@ -51,6 +54,8 @@ COMPARE_BYTES = 16 << 20  # of two tensors at a time
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
     path: Path
+    document: Mapping[str, Any]  # config.json; the text model's own where only that is meant
+    is_part: bool  # only the text model of what is in the folder is meant
     config: ModelConfig
     generation: GenerationConfig
     scheme: Scheme | None  # how its weights are quantized; None: they are floats
@@ -58,7 +63,17 @@ class Checkpoint:
     @cached_property
     def tensors(self) -> Mapping[str, TensorInfo]:
         """Name, shape, dtype and place of every tensor. Raises CheckpointError; reads no data."""
-        return read_folder(self.path)
+        return self._parts[0]
+
+    @property
+    def left_out(self) -> tuple[LeftOut, ...]:
+        """The tensors of the folder that are no part of what is meant. Raises CheckpointError."""
+        return self._parts[1]
+
+    @cached_property
+    def _parts(self) -> tuple[Mapping[str, TensorInfo], tuple[LeftOut, ...]]:
+        tensors = read_folder(self.path)
+        return text_tensors(tensors) if self.is_part else (tensors, ())
 
     def schedule(self, kv_replicas: int = 1, scheme: Scheme | None = None) -> tuple[AnyStep, ...]:
         """Every tensor with its place among the parameters, in the order of files and bytes;
@@ -108,8 +123,9 @@ class Checkpoint:
             )
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
+def open_checkpoint(path: str | Path, *, text_only: bool = False) -> Checkpoint:
     """The checkpoint in the folder `path`: config.json and, where present, generation_config.json.
+    With `text_only`, of a model that reads images beside text, its text model alone.
 
     Raises CheckpointError when there is no such folder, or its config.json is missing, not
     understood, or of a family that is not known.
@@ -131,12 +147,15 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
             f"{folder} has no config.json; a checkpoint is a folder with config.json and weights "
             "in safetensors, as save_pretrained writes it"
         )
-    values = read_config(folder)
+    whole = read_config(folder)
+    document = text_document(file, whole) if text_only else whole
     return Checkpoint(
         path=folder,
-        config=parse_config(file, values),
-        generation=read_generation(folder),
-        scheme=read_scheme(str(file), values),
+        document=document,
+        is_part=document is not whole,
+        config=parse_config(file, document),
+        generation=read_generation(folder, document),
+        scheme=read_scheme(str(file), document),
     )
 
 

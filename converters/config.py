@@ -180,13 +180,13 @@ class Constants:
         return replace(self, values={**absent, **self.values})
 
 
-def read_generation(folder: Path) -> GenerationConfig:
-    """Stop ids and sampling defaults of a checkpoint.
+def read_generation(folder: Path, document: Mapping[str, Any]) -> GenerationConfig:
+    """Stop ids and sampling defaults of a checkpoint whose config.json is `document`.
 
     The stop ids are those of generation_config.json and of config.json together. Temperature,
     top_k, top_p and min_p are the file's only where it does not say `do_sample: false`.
     """
-    config = Constants(str(folder / "config.json"), read_object(folder / "config.json"))
+    config = Constants(str(folder / "config.json"), document)
     path = folder / "generation_config.json"
     asked = Constants(str(path), read_object(path) if path.is_file() else {})
     stops = dict.fromkeys([*_token_ids(asked, "eos_token_id"), *_token_ids(config, "eos_token_id")])

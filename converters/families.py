@@ -21,6 +21,7 @@ from converters.granite import GRANITE
 from converters.llama import LLAMA
 from converters.mistral import MISTRAL
 from converters.mixtral import MIXTRAL
+from converters.multimodal import MULTIMODAL
 from converters.olmo2 import OLMO2
 from converters.opt import OPT
 from converters.phi import PHI
@@ -64,11 +65,6 @@ FAMILIES: Mapping[str, Family] = {
         STARCODER2,
     )
 }
-# Known, and not read: why.
-REFUSED: Mapping[str, str] = {
-    "gemma3": "reads images beside text, which xlinfer does not. It reads its text model alone, "
-    "saved as Gemma3ForCausalLM (gemma3_text)",
-}
 
 
 def parse_config(path: Path, values: Mapping[str, Any]) -> ModelConfig:
@@ -80,9 +76,11 @@ def parse_config(path: Path, values: Mapping[str, Any]) -> ModelConfig:
     model_type = values.get("model_type")
     if not isinstance(model_type, str):
         raise CheckpointError(f"{path}: 'model_type' must name the family: {_supported()}")
-    if model_type in REFUSED:
+    if model_type in MULTIMODAL:
         raise CheckpointError(
-            f"{path}: model_type {model_type!r} {REFUSED[model_type]}. It knows {_supported()}."
+            f"{path}: model_type {model_type!r} reads images beside text, which xlinfer does not. "
+            "--text_only (in Python text_only=True) takes its text model alone and leaves out the "
+            "rest."
         )
     if model_type not in FAMILIES:
         near = difflib.get_close_matches(model_type.lower(), FAMILIES, n=3, cutoff=0.5)

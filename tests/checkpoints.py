@@ -55,6 +55,8 @@ QUANTIZED = {
     "gptq-v1-sym-g32": ("gptq", "llama"),
     "mxfp4-gpt-oss": ("mxfp4", "gpt_oss"),
 }
+# Read with text_only.
+MULTIMODAL = ("gemma3-images", "mistral3")
 EXPERTS: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3_moe": {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 12},

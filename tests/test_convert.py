@@ -105,6 +105,17 @@ def test_experts_come_back_from_a_converted_one(devices, tmp_path):
         np.testing.assert_array_equal(a[name], array, err_msg=name)
 
 
+def test_the_text_model_alone_becomes_a_checkpoint_of_its_own(tmp_path):
+    source, out = GOLDENS / "gemma3-images", tmp_path / "out"
+    assert run(f"--model={source}", f"--output={out}", "--text-only") == 0
+    got, want = load_model(out), load_model(source, text_only=True)
+    assert got.cfg == want.cfg and got.cfg.model_type == "gemma3_text"
+    a, b = parameters(got), parameters(want)
+    assert a.keys() == b.keys()
+    for name, array in b.items():
+        np.testing.assert_array_equal(a[name], array, err_msg=name)
+
+
 def test_dtype_flag_and_report(source, tmp_path, capsys):
     out = tmp_path / "out"
     assert run(f"--model={source}", f"--output={out}", "--dtype=float32") == 0

@@ -14,7 +14,7 @@ from absl import flags
 
 from converters import open_checkpoint
 from xlinfer.converted import Manifest, refuse_output, save_converted
-from xlinfer.flags import UsageError, help_text, read, show
+from xlinfer.flags import UsageError, define_text_only, help_text, read, show
 from xlinfer.mesh import make_mesh
 from xlinfer.progress import show_progress
 from xlinfer.weights import DTYPES, load_model, stored_dtype
@@ -22,15 +22,17 @@ from xlinfer.weights import DTYPES, load_model, stored_dtype
 FAILED, MISUSED = 1, 2  # exit codes
 
 
-def convert(model: str, output: str, dtype: str) -> Manifest:
+def convert(model: str, output: str, dtype: str, *, text_only: bool) -> Manifest:
     """Write the checkpoint `model`, converted, into the new directory `output`."""
-    checkpoint = open_checkpoint(model)
+    checkpoint = open_checkpoint(model, text_only=text_only)
     refuse_output(checkpoint.path, Path(output).expanduser())
     kept = stored_dtype(checkpoint) if dtype == "auto" else dtype
     with show_progress() as progress:
         cpu = make_mesh(1, jax.devices("cpu"))
-        loaded = load_model(checkpoint.path, dtype=kept, mesh=cpu, progress=progress)
-    return save_converted(loaded, checkpoint.path, output)
+        loaded = load_model(
+            checkpoint.path, dtype=kept, mesh=cpu, text_only=text_only, progress=progress
+        )
+    return save_converted(loaded, checkpoint.path, output, text_only=text_only)
 
 
 def parse(argv: Sequence[str]) -> flags.FlagValues:
@@ -41,6 +43,7 @@ def parse(argv: Sequence[str]) -> flags.FlagValues:
     flags.DEFINE_enum(
         "dtype", "auto", ["auto", *DTYPES], "auto: the checkpoint's own.", flag_values=values
     )
+    define_text_only(values)
     flags.DEFINE_bool("help", False, "Show these flags.", short_name="h", flag_values=values)
     extra = read(values, argv)
     if extra:
@@ -62,7 +65,7 @@ def main(argv: Sequence[str]) -> int:
         return 0
     output = values.output
     try:
-        written = convert(values.model, output, values.dtype)
+        written = convert(values.model, output, values.dtype, text_only=values.text_only)
     except (ValueError, OSError, MemoryError, jax.errors.JaxRuntimeError) as error:
         first = str(error).partition("\n")[0] or type(error).__name__
         print(f"xlinfer.convert: {first}", file=sys.stderr)

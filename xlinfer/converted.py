@@ -18,7 +18,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from converters import CheckpointError, open_checkpoint
+from converters import Checkpoint, CheckpointError, open_checkpoint
 from converters.errors import listing, read_object
 from xlinfer.models import Transformer
 
@@ -105,8 +105,11 @@ def read_parameters(
     return {path: arrays[name] for path, name in names.items()}
 
 
-def save_converted(model: Transformer, source: str | Path, directory: str | Path) -> Manifest:
-    """Write `model`, loaded from the checkpoint at `source`, into the new `directory`.
+def save_converted(
+    model: Transformer, source: str | Path, directory: str | Path, *, text_only: bool = False
+) -> Manifest:
+    """Write `model`, loaded from the checkpoint at `source`, into the new `directory`; what was
+    loaded with `text_only` becomes a checkpoint of a text model.
 
     The directory appears whole or not at all. Raises CheckpointError when it holds anything
     already, when `source` is itself converted, or when `model` is not what its config says
@@ -114,7 +117,8 @@ def save_converted(model: Transformer, source: str | Path, directory: str | Path
     """
     import orbax.checkpoint as ocp
 
-    checkpoint, directory = open_checkpoint(source), Path(directory).expanduser().absolute()
+    checkpoint = open_checkpoint(source, text_only=text_only)
+    directory = Path(directory).expanduser().absolute()
     refuse_output(checkpoint.path, directory)
     if model.cfg != checkpoint.config:
         raise CheckpointError(
@@ -137,9 +141,7 @@ def save_converted(model: Transformer, source: str | Path, directory: str | Path
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(draft / PARAMETERS, arrays)
-        for name in BESIDE:
-            if (checkpoint.path / name).is_file():
-                shutil.copyfile(checkpoint.path / name, draft / name)
+        copy_beside(checkpoint, draft)
         (draft / MANIFEST).write_text(json.dumps(asdict(manifest), indent=1) + "\n")
         draft.chmod(0o755)  # mkdtemp's own is for the owner alone
         draft.rename(directory)  # atomic, and refuses a directory that has been filled meanwhile
@@ -147,6 +149,16 @@ def save_converted(model: Transformer, source: str | Path, directory: str | Path
         shutil.rmtree(draft, ignore_errors=True)
         raise
     return manifest
+
+
+def copy_beside(checkpoint: Checkpoint, directory: Path) -> None:
+    """Its small files into `directory`: as they are, but config.json where only the text model is
+    meant."""
+    for name in BESIDE:
+        if (checkpoint.path / name).is_file():
+            shutil.copyfile(checkpoint.path / name, directory / name)
+    if checkpoint.is_part:
+        (directory / "config.json").write_text(json.dumps(checkpoint.document, indent=2) + "\n")
 
 
 def refuse_output(source: Path, directory: Path) -> None:

@@ -47,6 +47,7 @@ def define_program_flags(values: flags.FlagValues) -> None:
         ["reference", "mosaic_gpu", "mosaic_tpu"],
         "How attention is computed. Default: the device's kernel.",
     )
+    define_text_only(values)
     whole("max_model_len", None, "Tokens of one sequence, prompt and answer.", 1)
     whole("max_num_seqs", None, "Sequences that run at once.", 1)
     whole("max_num_batched_tokens", None, "Tokens of one engine step.", 1)
@@ -66,6 +67,11 @@ def define_program_flags(values: flags.FlagValues) -> None:
     whole("max_logprobs", 20, "Most logprobs a request may ask for.", 0)
     for alias, name in ALIASES.items():
         flags.DEFINE_alias(alias, name, flag_values=values)
+
+
+def define_text_only(values: flags.FlagValues) -> None:
+    about = "Of a model that reads images beside text, take its text model alone."
+    flags.DEFINE_bool("text_only", False, about, flag_values=values)
 
 
 def read(values: flags.FlagValues, argv: Sequence[str]) -> list[str]:

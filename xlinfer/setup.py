@@ -12,7 +12,13 @@ import jax
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType
 
-from converters import CheckpointError, parse_config, read_scheme, weight_forms
+from converters import (
+    CheckpointError,
+    parse_config,
+    read_scheme,
+    text_document,
+    weight_forms,
+)
 from converters import read_config as read_folder
 from converters.errors import read_object
 from converters.formats.packing import OnLoad
@@ -30,7 +36,7 @@ from xlinfer.weights import DTYPES, abstract_model
 class Setup:
     """Everything that decides which programs there are; plain data, as JSON too."""
 
-    config: Mapping[str, Any]  # config.json
+    config: Mapping[str, Any]  # config.json, or the text model's own
     target: str
     tensor_parallel_size: int
     dtype: str
@@ -47,15 +53,17 @@ class Setup:
         return cls(**given)
 
 
-def read_config(model: str | Path) -> dict[str, Any]:
-    """config.json of the folder `model`, or that file itself. Raises CheckpointError."""
+def read_config(model: str | Path, *, text_only: bool) -> Mapping[str, Any]:
+    """config.json of the folder `model`, or that file itself; with `text_only` its text model's.
+    Raises CheckpointError."""
     path = Path(model).expanduser()
     file = path if path.is_file() else path / "config.json"
     if not file.is_file():
         raise CheckpointError(
             f"--model={model}: there is no folder with a config.json, nor such a file"
         )
-    return read_folder(path) if path.is_dir() else read_object(file)
+    document = read_folder(path) if path.is_dir() else read_object(file)
+    return text_document(file, document) if text_only else document
 
 
 def dtype_of(config: Mapping[str, Any], asked: str, target: Target) -> str:
@@ -109,6 +117,7 @@ def setup(
     model: str | Path,
     target: str,
     *,
+    text_only: bool,
     tensor_parallel_size: int | None,
     dtype: str,
     quantization: str | None,
@@ -116,7 +125,7 @@ def setup(
     sizes: Sizes,
 ) -> Setup:
     """Raises CheckpointError, TargetError or ValueError for what does not exist or fit."""
-    found, config = find_target(target), read_config(model)
+    found, config = find_target(target), read_config(model, text_only=text_only)
     if matmul_impl is not None and quantization is None and read_scheme("", config) is None:
         raise ValueError(
             f"matmul_impl={matmul_impl} chooses how quantized weights are multiplied, and there "

@@ -4,6 +4,7 @@ Tensors are read in file order, moved as they are, and cast, transposed and writ
 place on the device, in place: the peak is the model, one tensor and what is in flight.
 """
 
+import logging
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -37,6 +38,7 @@ from xlinfer.progress import Progress
 from xlinfer.quant import QTensor
 from xlinfer.quantize import axes_of, check_impl, held_as, quantize_model
 
+logger = logging.getLogger(__name__)
 IN_FLIGHT_BYTES = 1 << 30  # host memory between reading a tensor and its place on the device
 
 DTYPES: Mapping[str, np.dtype] = {
@@ -55,6 +57,7 @@ def load_model(
     mesh: Mesh | None = None,
     quantization: str | None = None,
     matmul_impl: str | None = None,
+    text_only: bool = False,
     progress: Progress | None = None,
     in_flight_bytes: int = IN_FLIGHT_BYTES,
 ) -> Transformer:
@@ -66,12 +69,13 @@ def load_model(
     `dtype`: None or "auto" keeps the checkpoint's (float32 on CPU, whose bf16 products are slow);
     else float32, bfloat16 or float16, by name or as a dtype. `mesh`: see make_mesh; None is one
     device. With more devices than kv heads these are repeated, and `model.cfg` says so.
-    `progress("load", done, total)` counts bytes.
+    `text_only`: of a model that reads images beside text, its text model alone; what is left out
+    is logged. `progress("load", done, total)` counts bytes.
 
     Raises CheckpointError for a checkpoint that is malformed, not understood or does not fit its
     config, and ValueError for an unknown dtype or a mesh that does not divide the model.
     """
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(path, text_only=text_only)
     mesh = make_mesh(1) if mesh is None else mesh
     config = replicate_kv_heads(checkpoint.config, mesh.shape.get(TENSOR, 1))
     kept = _dtype(dtype)
@@ -99,6 +103,8 @@ def load_model(
     targets = {path: param.get_value() for path, param in flat}
     _check_rules(parameter_rules(checkpoint.config, replicas), targets, config)
     steps = checkpoint.schedule(replicas, scheme)
+    for prefix, tensors, nbytes in checkpoint.left_out:
+        logger.warning("%s: left out %s: %d tensors, %d bytes", path, prefix, tensors, nbytes)
     arrays = _stream(steps, targets, mesh, progress or _silent, in_flight_bytes)
     filled = [(path, param.replace(arrays[path])) for path, param in flat]
     return nnx.merge(graph, nnx.from_flat_state(filled))

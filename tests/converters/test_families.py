@@ -310,7 +310,7 @@ def test_absent_and_optional_keys(cfg, field, want, tmp_path):
         (bigcode(add_cross_attention=True), "'add_cross_attention' is True"),
         (gpt2(hidden_size=32), "unknown model constant 'hidden_size'"),
         (config("starcoder2", rms_norm_eps=..., norm_type="rms_norm"), "'norm_type' is 'rms_norm'"),
-        (config("gemma3"), "'gemma3' reads images beside text.* It knows bloom"),
+        (config("gemma3"), "'gemma3' reads images beside text.* --text_only .*text_only=True"),
         (
             config("gemma2", hidden_act=..., hidden_activation="relu"),
             "'hidden_activation' is 'relu'",

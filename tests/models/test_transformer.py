@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 
 from converters.families import parse_config
 from pallas_kernels.devices import DEVICES
-from tests.checkpoints import FAMILIES, GOLDENS, config, llama_logits, tensors, write
+from tests.checkpoints import FAMILIES, GOLDENS, MULTIMODAL, config, llama_logits, tensors, write
 from xlinfer.mesh import make_mesh
 from xlinfer.models import Transformer
 from xlinfer.weights import load_model
@@ -52,6 +52,17 @@ def test_logits_equal_transformers(golden, devices):
     got = forward(model, want["input_ids"].astype(np.int32))
     assert got.dtype == jnp.float32
     np.testing.assert_allclose(got, want["logits"], atol=ATOL["golden"], rtol=0)
+
+
+@pytest.mark.parametrize("name", MULTIMODAL)
+def test_the_text_models_logits_equal_transformers(name, caplog):
+    folder = GOLDENS / name
+    want = load_file(folder / "golden.safetensors")
+    model = load_model(folder, text_only=True)
+    got = forward(model, want["input_ids"].astype(np.int32))
+    np.testing.assert_allclose(got, want["logits"], atol=ATOL["golden"], rtol=0)
+    left_out = [record.getMessage() for record in caplog.records]
+    assert len(left_out) == 2 and "left out vision_tower: " in left_out[1]
 
 
 def test_both_config_styles_say_the_same(golden):

@@ -67,8 +67,9 @@ def main() -> dict[str, Any]:
 def measure(pair: Pair, directory: Path) -> dict[str, float]:
     """Bytes of one device, planned and as XLA says."""
     asked = setup(
-        CONFIGS / f"{pair.model}.json", pair.target, tensor_parallel_size=pair.tensor,
-        dtype="auto", quantization=pair.quantization, matmul_impl=None, sizes=SIZES,
+        CONFIGS / f"{pair.model}.json", pair.target, text_only=False,
+        tensor_parallel_size=pair.tensor, dtype="auto",
+        quantization=pair.quantization, matmul_impl=None, sizes=SIZES,
     )  # fmt: skip
     shapes = shapes_for(asked, planned_for=find_target(pair.target))
     planned = deployment_of(shapes, asked.sizes)

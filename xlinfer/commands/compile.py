@@ -18,14 +18,14 @@ from absl import flags
 from flax import nnx
 
 import xlinfer
-from converters import CheckpointError
+from converters import CheckpointError, open_checkpoint
 from xlinfer.commands.flags import define, help_text, parse, setup_of
 from xlinfer.compile import Key, title
 from xlinfer.compile.artifact import MANIFEST, PARAMETERS, describe, seal, write_programs
 from xlinfer.compile.parallel import Compiled, CompileError, compile_in_parallel
 from xlinfer.compile.parameters import write_parameters
 from xlinfer.compile.store import Store, check_private
-from xlinfer.converted import BESIDE
+from xlinfer.converted import copy_beside
 from xlinfer.deployment import Deployment, paths_of
 from xlinfer.flags import UsageError, show
 from xlinfer.mesh import make_mesh
@@ -79,6 +79,7 @@ def main(argv: Sequence[str]) -> int:
             cache=Path(values.compile_cache_dir).expanduser(),
             processes=values.processes or default_processes(),
             weights=values.weights,
+            text_only=values.text_only,
         )
     except (CompileError, CheckpointError, ValueError, OSError, MemoryError) as error:
         print(f"xlinfer.compile: {error}", file=sys.stderr)
@@ -91,8 +92,9 @@ def main(argv: Sequence[str]) -> int:
 
 
 def compile_artifact(
-    setup: Setup, model: str, output: Path, *, cache: Path, processes: int, weights: bool
-) -> str:
+    setup: Setup, model: str, output: Path, *, cache: Path, processes: int, weights: bool,
+    text_only: bool,
+) -> str:  # fmt: skip
     """Write the artifact at `output`, whole or not at all; a report in a few lines."""
     started, kept = time.monotonic(), Store(cache)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -111,7 +113,7 @@ def compile_artifact(
             measured = measure(deployment, manifest, kept)
             manifest["measured"] = measured
             if weights:
-                write_weights(draft, setup, model, deployment, progress)
+                write_weights(draft, setup, model, deployment, progress, text_only=text_only)
             seal(draft, manifest)
             draft.chmod(0o755)
             draft.rename(output)
@@ -130,13 +132,15 @@ def longest_first(keys: Sequence[Key]) -> list[Key]:
 
 
 def write_weights(
-    draft: Path, setup: Setup, model: str, deployment: Deployment, progress: Progress
-) -> None:
+    draft: Path, setup: Setup, model: str, deployment: Deployment, progress: Progress,
+    *, text_only: bool,
+) -> None:  # fmt: skip
     """The parameters as the programs take them, and what stands beside them in the checkpoint."""
     mesh = make_mesh(setup.tensor_parallel_size, jax.devices("cpu"))
     loaded = load_model(
-        model, dtype=setup.dtype, mesh=mesh, quantization=setup.quantization, progress=progress
-    )
+        model, dtype=setup.dtype, mesh=mesh, quantization=setup.quantization, text_only=text_only,
+        progress=progress,
+    )  # fmt: skip
     state = nnx.state(loaded)
     arrays = dict(zip(paths_of(state), jax.tree.leaves(state), strict=True))
     wanted = dict(zip(deployment.paths, deployment.params, strict=True))
@@ -145,9 +149,7 @@ def write_weights(
     }:
         raise ValueError(f"--model={model}: its weights are not those of its config.json")
     write_parameters(draft / PARAMETERS, arrays)
-    for name in BESIDE:
-        if (file := Path(model).expanduser() / name).is_file():
-            shutil.copyfile(file, draft / name)
+    copy_beside(open_checkpoint(model, text_only=text_only), draft)
 
 
 def measure(deployment: Deployment, manifest: dict[str, Any], kept: Store) -> dict[str, Any]:

@@ -30,6 +30,7 @@ class Wish:
 
     model: str
     target: str
+    text_only: bool
     tensor_parallel_size: int | None  # None: the best
     dtype: str
     quantization: str | None
@@ -104,7 +105,7 @@ def plan_for(wish: Wish) -> Planned:
     Raises CheckpointError, TargetError, or ValueError for what does not go together.
     """
     target = find_target(wish.target)
-    parse_config(Path(wish.model), read_config(wish.model))
+    parse_config(Path(wish.model), read_config(wish.model, text_only=wish.text_only))
     if wish.tensor_parallel_size is not None:
         return _planned(_setup_of(wish, wish.tensor_parallel_size), target)
     best, most, largest = None, 0.0, None
@@ -142,7 +143,8 @@ def cache_room(memory: Memory, target: Target) -> int:
 
 def _setup_of(wish: Wish, tensor_parallel_size: int) -> Setup:
     return setup(
-        wish.model, wish.target, tensor_parallel_size=tensor_parallel_size, dtype=wish.dtype,
+        wish.model, wish.target, text_only=wish.text_only,
+        tensor_parallel_size=tensor_parallel_size, dtype=wish.dtype,
         quantization=wish.quantization, matmul_impl=wish.matmul_impl, sizes=wish.sizes,
     )  # fmt: skip
 

@@ -40,6 +40,7 @@ class EngineOptions:
     model: str | None  # None: the artifact's
     tokenizer: str | None = None  # folder; None: the model's
     chat_template: str | None = None  # file; None: the tokenizer's
+    text_only: bool = False  # of a model that reads images too, its text model
     dtype: str = "auto"
     max_model_len: int | None = None
     max_num_seqs: int | None = None
@@ -106,7 +107,7 @@ def build(options: EngineOptions, progress: Progress) -> Built:
         kept = Store(options.compile_cache_dir)
         use_jax_cache(options.compile_cache_dir)
     # The small files first: a missing tokenizer should not cost a load.
-    checkpoint = converters.open_checkpoint(options.model)
+    checkpoint = converters.open_checkpoint(options.model, text_only=options.text_only)
     tokenizer = Tokenizer.open(
         options.tokenizer or options.model, chat_template=options.chat_template
     )
@@ -118,7 +119,7 @@ def build(options: EngineOptions, progress: Progress) -> Built:
         )
     module = load_model(
         options.model, dtype=options.dtype, mesh=mesh, quantization=options.quantization,
-        matmul_impl=options.matmul_impl, progress=progress,
+        matmul_impl=options.matmul_impl, text_only=options.text_only, progress=progress,
     )  # fmt: skip
     # What nobody asked for is left to the engine's own defaults.
     given = {name: value for name in _ENGINE if (value := getattr(options, name)) is not None}
@@ -143,14 +144,14 @@ def from_artifact(options: EngineOptions, progress: Progress) -> Built:
     source = str(opened.path) if opened.has_weights else options.model
     if source is None:
         raise ValueError(f"{opened.path} holds programs and no weights: name the checkpoint too")
-    checkpoint = converters.open_checkpoint(source)
+    checkpoint = converters.open_checkpoint(source, text_only=options.text_only)
     tokenizer = Tokenizer.open(options.tokenizer or source, chat_template=options.chat_template)
     executables = load_programs(opened)
     if opened.has_weights:
         folder = opened.path / PARAMETERS
         params = read_parameters(folder, opened.paths, opened.params, progress)
     else:
-        params = _checkpoint_parameters(source, opened, progress)
+        params = _checkpoint_parameters(checkpoint, opened, progress)
     ready = Ready(
         params=params,
         paths=opened.paths,
@@ -185,26 +186,26 @@ def _check_asked(options: EngineOptions, manifest: Mapping[str, Any]) -> None:
         )
 
 
-def _checkpoint_parameters(source: str, opened: Any, progress: Progress) -> tuple:
+def _checkpoint_parameters(checkpoint: Any, opened: Any, progress: Progress) -> tuple:
     """Of a checkpoint that the artifact was compiled for, as its programs take them."""
     import jax
     from flax import nnx
 
-    import converters
     from xlinfer.compile.artifact import ArtifactError, config_digest
     from xlinfer.weights import load_model
 
-    setup = opened.manifest["setup"]
-    config = converters.read_config(Path(source).expanduser())
+    setup, config = opened.manifest["setup"], checkpoint.document
     if config_digest(config) != opened.manifest["config_sha256"]:
         names = sorted({*config, *setup["config"]})
         changed = [n for n in names if config.get(n) != setup["config"].get(n)]
         raise ArtifactError(
-            f"{opened.path} was compiled for another model than {source}: its config.json differs "
-            f"in {', '.join(changed[:8])}. Name the model it was compiled for, or compile it again."
+            f"{opened.path} was compiled for another model than {checkpoint.path}: its config.json "
+            f"differs in {', '.join(changed[:8])}. Name the model it was compiled for, or compile "
+            "it again."
         )
     module = load_model(
-        source, dtype=setup["dtype"], mesh=opened.mesh, quantization=setup["quantization"],
-        matmul_impl=setup["matmul_impl"], progress=progress,
+        checkpoint.path, dtype=setup["dtype"], mesh=opened.mesh,
+        quantization=setup["quantization"], matmul_impl=setup["matmul_impl"],
+        text_only=checkpoint.is_part, progress=progress,
     )  # fmt: skip
     return tuple(jax.tree.leaves(nnx.state(module)))
