@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from absl import flags
 
+from converters import CheckpointError
 from xlinfer.commands.costs import work_of
 from xlinfer.commands.flags import define, parse, setup_of, wish_of
 from xlinfer.deployment import Sizes, bytes_on_one
@@ -70,6 +71,14 @@ def test_the_number_of_programs_is_that_of_the_jobs():
     setup, planned = setup_of(values_of(str(DEMO_MODEL), "--target=cpu")), plan_for(wish)
     count = report(planned, (), wish, context=64)["programs"]["count"]
     assert count == len(deployment_for(setup).jobs())
+
+
+def test_the_text_model_alone():
+    argv = (str(GOLDENS / "gemma3-images"), "--target=cpu")
+    with pytest.raises(CheckpointError, match="--text_only"):
+        setup_of(values_of(*argv))
+    setup = setup_of(values_of(*argv, "--text-only"))
+    assert model_config(setup).model_type == "gemma3_text"
 
 
 def test_a_step_reads_its_tokens_rows_of_the_tables():

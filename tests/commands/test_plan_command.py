@@ -47,14 +47,6 @@ def test_parameters_are_those_published(capsys, model):
     assert plan(capsys, model, "v5e-16")["model"]["parameters"] == PARAMETERS[model]
 
 
-def test_the_text_model_alone(capsys):
-    folder = ROOT / "tests" / "data" / "goldens" / "gemma3-images"
-    argv = ["xlinfer.plan", str(folder), "--target=cpu", "--json"]
-    assert "--text_only" in error(capsys, *argv[1:])
-    assert main([*argv, "--text_only"]) == 0
-    assert json.loads(capsys.readouterr().out)["model"]["model_type"] == "gemma3_text"
-
-
 @pytest.mark.parametrize(
     "model, target, size",
     [("llama-3.1-70b", "v5e-16", 16), ("llama-3.1-70b", "v6e-8", 8), ("qwen3-30b-a3b", "v6e-8", 4)],
