@@ -57,6 +57,8 @@ QUANTIZED = {
 }
 # Read with text_only.
 MULTIMODAL = ("gemma3-images", "mistral3")
+# Format of weights -> a golden that has it, and the family of that; see docs/models.md.
+QUANTIZED: dict[str, tuple[str, str]] = {}
 EXPERTS: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3_moe": {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 12},

@@ -102,9 +102,13 @@ def test_greedy_equals_transformers(family):
     assert tight.stats().num_preemptions > 0
 
 
-def test_greedy_equals_transformers_of_the_text_model_alone():
-    golden = load_file(GOLDENS / "gemma3-images" / "golden.safetensors")
-    model = load_model(GOLDENS / "gemma3-images", text_only=True)
+MULTIMODAL = ("gemma3-images",)
+
+
+@pytest.mark.parametrize("name", MULTIMODAL)
+def test_greedy_equals_transformers_of_the_text_model_alone(name):
+    golden = load_file(GOLDENS / name / "golden.safetensors")
+    model = load_model(GOLDENS / name, text_only=True)
     engine = Engine(model, max_num_seqs=2, max_num_batched_tokens=16, max_model_len=64)
     got = run(engine, [request(i, golden["input_ids"][i]) for i in (0, 1)])
     assert [got[i].token_ids for i in "01"] == golden["greedy"].tolist()

@@ -16,6 +16,7 @@ from xlinfer.weights import load_model
 
 # Partial sums are added in another order on each number of devices: float32, logits of size 10.
 ATOL = 1e-4
+DEVICE_COUNTS = (1, 2, 4)
 
 
 # The others differ in what the forward's own tests show, on as many devices.
@@ -25,7 +26,7 @@ QUICK = {
 }
 CASES = [
     pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow)
-    for case in itertools.product(FAMILIES, (1, 2, 4))
+    for case in itertools.product(FAMILIES, DEVICE_COUNTS)
 ]
 
 

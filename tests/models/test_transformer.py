@@ -23,6 +23,9 @@ ATOL = {
 }
 
 
+DEVICE_COUNTS = (1, 2, 4)
+
+
 @jax.jit
 def forward(model, tokens_BT):
     return model(tokens_BT)
@@ -44,7 +47,9 @@ def default_frequencies(cfg):
     return theta ** -(np.arange(0, H, 2) / H)
 
 
-@pytest.mark.parametrize("devices", [1, pytest.param(2, marks=pytest.mark.slow), 4])
+@pytest.mark.parametrize(
+    "devices", [pytest.param(n, marks=pytest.mark.slow if n == 2 else ()) for n in DEVICE_COUNTS]
+)
 def test_logits_equal_transformers(golden, devices):
     """Two kv heads on four devices: each is held twice."""
     folder, want = golden

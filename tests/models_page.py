@@ -1,0 +1,134 @@
+"""docs/models.md, from the tables that the tests are made of: python -m tests.models_page"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from converters import open_checkpoint, parse_config
+from converters.families import FAMILIES
+from tests.checkpoints import EXPERTS, GOLDENS, MULTIMODAL, QUANTIZED, config
+from tests.checkpoints import FAMILIES as GOLDEN_NAMES
+from tests.engine.test_engine import MULTIMODAL as ENGINE_MULTIMODAL
+from tests.engine.test_engine import QUICK
+from tests.engine.test_tensor_parallel import ATOL as SPLIT_ATOL
+from tests.engine.test_tensor_parallel import DEVICE_COUNTS as ENGINE_DEVICES
+from tests.models.test_transformer import ATOL, DEVICE_COUNTS
+from xlinfer.config import ModelConfig
+
+PAGE = Path(__file__).parents[1] / "docs" / "models.md"
+COMMAND = "python -m tests.models_page"
+STYLES = {"config.json": "5", "config_v4.json": "4"}  # file of a golden -> whose style it has
+INTRODUCTION = """\
+# Models
+
+What each family is tested with. `{command}` writes this page from the tables that the
+tests are made of, and a test holds it to them.
+
+A golden is a tiny random checkpoint that transformers wrote, with the logits and the greedy tokens
+that transformers computes of it in float32 ([how](../tests/data/goldens/README.md)). Of each,
+
+- every tensor has one place and none is left over;
+- both styles of config.json, transformers 4's and 5's, say the same;
+- the forward's logits are transformers' within {logits:g} (float32, logits of a few units), on
+  {devices} devices;
+- the engine's greedy tokens are transformers': alone, in a mixed batch of 16, with prefix hits,
+  prefilled 8 tokens at a time, and after preemptions; always, or with `-m slow`, as the table says;
+- so they are on {engine_devices} devices, most with `-m slow`, and the log-probabilities of the
+  prompt within {scores:g}.
+"""
+
+
+def page() -> str:
+    introduction = INTRODUCTION.format(
+        command=COMMAND, logits=ATOL["golden"], scores=SPLIT_ATOL,
+        devices=counted(DEVICE_COUNTS), engine_devices=counted(ENGINE_DEVICES),
+    )  # fmt: skip
+    families = [
+        ("model_type", "golden", "config.json of", "has", "engine"),
+        *sorted(map(of_golden, GOLDEN_NAMES), key=lambda row: (row[0].strip("`"), row[1])),
+        *(of_multimodal(name) for name in sorted(MULTIMODAL)),
+        *(of_transcribed(kind) for kind in sorted(transcribed())),
+    ]
+    formats = [
+        ("format", "golden", "of"),
+        ("float (F64, F32, F16, BF16)", "all of the above", "every family"),
+        *((name, folder, base) for name, (folder, base) in sorted(QUANTIZED.items())),
+    ]
+    return "\n".join((introduction, table(families), "", "## Formats", "", table(formats), ""))
+
+
+def of_golden(name: str) -> tuple[str, ...]:
+    config = open_checkpoint(GOLDENS / name).config
+    styles = [style for file, style in STYLES.items() if (GOLDENS / name / file).is_file()]
+    engine = "always" if name in QUICK else "slow"
+    return f"`{config.model_type}`", name, " and ".join(sorted(styles)), features(config), engine
+
+
+def of_multimodal(name: str) -> tuple[str, ...]:
+    checkpoint = open_checkpoint(GOLDENS / name, text_only=True)
+    kind = f"`{checkpoint.config.model_type}`, the text of `{name.split('-')[0]}`"
+    return (
+        kind,
+        name,
+        "5",
+        features(checkpoint.config),
+        "always" if name in ENGINE_MULTIMODAL else "no",
+    )
+
+
+def of_transcribed(kind: str) -> tuple[str, ...]:
+    """A family without a golden: its logits are held to formulas in float64."""
+    has = features(parse_config(Path("config.json"), config(kind)))
+    return f"`{kind}`", "none: against its formulas in float64", "5", has, "no"
+
+
+def transcribed() -> set[str]:
+    """Raises AssertionError for a family that nothing tests."""
+    golden = {open_checkpoint(GOLDENS / name).config.model_type for name in GOLDEN_NAMES}
+    without = FAMILIES.keys() - golden
+    assert without <= EXPERTS.keys(), f"no test has the logits of {without - EXPERTS.keys()}"
+    return without
+
+
+def features(config: ModelConfig) -> str:
+    """What sets it apart from Llama."""
+    ropes = {type(rope).__name__.removesuffix("Rope").lower() for rope in config.ropes if rope}
+    grouped = 1 < config.num_kv_heads < config.num_heads
+    heads = "one kv head" if config.num_kv_heads == 1 else "all kv heads"
+    said = {
+        f"{' and '.join(sorted(ropes))} rope": ropes,
+        "no rope in some layers": ropes and None in config.ropes,
+        "of a part of each head": ropes and config.rotary_dim < config.head_dim,
+        "learned positions": config.learned_positions,
+        "ALiBi": config.alibi_scale is not None,
+        "windows": any(config.windows) and None not in config.windows,
+        "windows in some layers": any(config.windows) and None in config.windows,
+        heads: not grouped,
+        "q, k, v biases": config.qkv_bias,
+        "q and k normalized": config.qk_norm,
+        "sinks": config.sinks,
+        "soft caps": config.attention_softcap or config.logit_softcap,
+        "LayerNorm": config.norm == "layer",
+        "norms by 1 + w": config.norm == "rms_offset",
+        "norms after": config.post_norm,
+        "embedding normalized": config.embedding_norm,
+        "attention and MLP side by side": config.parallel,
+        "no gate": not config.gated_mlp,
+        "experts": config.moe,
+        "multipliers": config.residual_multiplier != 1 or config.logits_divisor != 1,
+        "tied head": config.tie_word_embeddings,
+    }
+    return ", ".join(name for name, there in said.items() if there)
+
+
+def counted(numbers: Sequence[int]) -> str:
+    *first, last = map(str, numbers)
+    return f"{', '.join(first)} and {last}"
+
+
+def table(rows: Sequence[tuple[str, ...]]) -> str:
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join((lines[0], "|---" * len(rows[0]) + "|", *lines[1:]))
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())
