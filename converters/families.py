@@ -82,6 +82,11 @@ def parse_config(path: Path, values: Mapping[str, Any]) -> ModelConfig:
             "--text_only (in Python text_only=True) takes its text model alone and leaves out the "
             "rest."
         )
+    if model_type not in FAMILIES and values.get("auto_map") is not None:
+        raise CheckpointError(
+            f"{path}: model_type {model_type!r} is computed by code of its own ('auto_map'), which "
+            f"xlinfer never runs. It knows {_supported()}."
+        )
     if model_type not in FAMILIES:
         near = difflib.get_close_matches(model_type.lower(), FAMILIES, n=3, cutoff=0.5)
         guess = f" The nearest: {', '.join(near)}." if near else ""

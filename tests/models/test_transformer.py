@@ -59,6 +59,14 @@ def test_logits_equal_transformers(golden, devices):
     np.testing.assert_allclose(got, want["logits"], atol=ATOL["golden"], rtol=0)
 
 
+def test_the_whole_twin_of_the_malformed_ones_is_read():
+    """Of those in tests/data/malformed."""
+    folder = GOLDENS / "control-float"
+    want = load_file(folder / "golden.safetensors")
+    got = forward(load_model(folder), want["input_ids"].astype(np.int32))
+    np.testing.assert_allclose(got, want["logits"], atol=ATOL["golden"], rtol=0)
+
+
 @pytest.mark.parametrize("name", MULTIMODAL)
 def test_the_text_models_logits_equal_transformers(name, caplog):
     folder = GOLDENS / name
