@@ -6,7 +6,8 @@ Weights are [E, N, K] with K contiguous, as checkpoints store them. By their dty
 
     float       that of x: multiplied as they are
     int8        w * scale_EN, a scale for each output channel
-    int4        w * scale_EGN, a scale for each group of 32, 64, 128 or all of K
+    int4        w * scale_EGN, a scale for each group of 32, 64, 128 or all of K; where `grid` is
+                "e2m1", w stands for a 4-bit float's half steps (MXFP4), see pallas_kernels/grids
     uint4       (w - zero_EGN) * scale_EGN
     e4m3        w * scale, with x rounded to e4m3 as fp8_matmul rounds it: a scale for each row
                 with scale_E or scale_EN, for each row's every 128 of K with scale_Enk, whose
@@ -22,6 +23,7 @@ from jaxtyping import Array, Float, Int, Num
 
 from pallas_kernels import checks
 from pallas_kernels.devices import Device, Impl, mosaic
+from pallas_kernels.grids import Grid
 from pallas_kernels.grouped_matmul import reference
 from pallas_kernels.grouped_matmul.weights import Form, form_of
 
@@ -45,6 +47,7 @@ def grouped_matmul(
     *,
     scale: Float[Array, "..."] | None = None,
     zero: Float[Array, "*L E G N"] | None = None,
+    grid: Grid = "int",
     layer: int | Int[Array, ""] | None = None,
     device: Device,
     impl: Impl | None = None,
@@ -66,11 +69,11 @@ def grouped_matmul(
     take.
     """
     if layer is None:
-        form, base = check(x_MK, w_ENK, group_sizes_E, scale, zero), jnp.int32(0)
+        form, base = check(x_MK, w_ENK, group_sizes_E, scale, zero, grid), jnp.int32(0)
     else:
         checks.check_rank("w_ENK", w_ENK, 4)
         one = lambda a: None if a is None else jax.ShapeDtypeStruct(a.shape[1:], a.dtype)
-        form = check(x_MK, one(w_ENK), group_sizes_E, one(scale), one(zero))
+        form = check(x_MK, one(w_ENK), group_sizes_E, one(scale), one(zero), grid)
         # The layers' experts in one row: a layer's begin at `base`.
         base = jnp.asarray(layer, jnp.int32) * w_ENK.shape[1]
         in_a_row = lambda a: a.reshape(-1, *a.shape[2:])
@@ -81,7 +84,7 @@ def grouped_matmul(
     if impl != "reference" and form.kind != "float":
         checks.check_dtype("x_MK", x_MK, ("bfloat16", "float16"))
     if impl == "reference":
-        return reference.matmul(x_MK, w_ENK, group_sizes_E, scale, zero, base)
+        return reference.matmul(x_MK, w_ENK, group_sizes_E, scale, zero, base, grid)
     # Pallas takes a third of a second to import, and the reference needs none of it.
     kernel = import_module(f"pallas_kernels.grouped_matmul.{impl}")
     return kernel.matmul(
@@ -90,7 +93,7 @@ def grouped_matmul(
     )  # fmt: skip
 
 
-def check(x_MK, w_ENK, group_sizes_E, scale, zero) -> Form:
+def check(x_MK, w_ENK, group_sizes_E, scale, zero, grid: Grid = "int") -> Form:
     """What the weights are, or a ValueError."""
     checks.check_rank("x_MK", x_MK, 2)
     checks.check_rank("w_ENK", w_ENK, 3)
@@ -102,4 +105,4 @@ def check(x_MK, w_ENK, group_sizes_E, scale, zero) -> Form:
     checks.check_dtype("group_sizes_E", group_sizes_E, ("int32",))
     checks.check_dtype("x_MK", x_MK, FLOATS)
     checks.check_dtype("w_ENK", w_ENK, (x_MK.dtype, "int8", "int4", "uint4", "float8_e4m3fn"))
-    return form_of(x_MK, w_ENK, scale, zero)
+    return form_of(x_MK, w_ENK, scale, zero, grid)

@@ -11,6 +11,7 @@ import numpy as np
 
 from pallas_kernels.cases import Work
 from pallas_kernels.devices import Device, Impl
+from pallas_kernels.grids import Grid
 from pallas_kernels.grouped_matmul import choose, grouped_matmul
 from pallas_kernels.grouped_matmul.weights import BLOCK, form_of
 from pallas_kernels.grouped_matmul.weights import tuning_key as key_of
@@ -27,6 +28,7 @@ class Case(NamedTuple):
     N: int
     weights: str = "float"  # or a dtype: int8, int4, uint4; or fp8_tensor, fp8_channel, fp8_block
     group: int = 0  # of int4 and uint4; 0: all of K
+    grid: Grid = "int"
     padding: int = 0  # rows past the last expert's
     dtype: Any = BF16
     scale_dtype: Any = None  # None: dtype; e4m3's are float32
@@ -66,6 +68,9 @@ CASES = (
     Case("int4_128", RAGGED, K=256, N=64, weights="int4", group=128,
          tiles=_gpu(16, 64, 1, 128, 2, 8, 2)),
     Case("int4_all", (3, 6), K=192, N=64, weights="int4", tiles=_gpu(16, 64, 1, 64, 2, 8, 1)),
+    Case("e2m1_32", RAGGED, K=192, N=72, weights="int4", group=32, grid="e2m1", padding=3),
+    Case("e2m1_of_a_stack_f16", (3, 6), K=128, N=64, weights="int4", group=32, grid="e2m1",
+         dtype=F16, layers=2),
     Case("uint4_32", (3, 6), K=192, N=64, weights="uint4", group=32, padding=1),
     Case("uint4_64", (3, 0, 6), K=192, N=128, weights="uint4", group=64, scale_dtype=F32),
     Case("fp8_tensor", (3, 6), K=128, N=64, weights="fp8_tensor"),
@@ -82,6 +87,7 @@ def _model(name: str, rows: tuple[int, ...], experts: int, K: int, N: int, **opt
 
 
 INT4 = {"weights": "int4", "group": 128}
+MXFP4 = {"weights": "int4", "group": 32, "grid": "e2m1"}
 MODEL_CASES = (
     *_model("qwen3_up", (64, 512, 16384), 128, 2048, 1536),
     *_model("qwen3_down", (512, 16384), 128, 768, 2048),
@@ -92,6 +98,8 @@ MODEL_CASES = (
     *_model("deepseek_down", (16384,), 32, 2048, 7168, weights="fp8_block"),
     *_model("gpt_oss_up", (32, 8192), 128, 2880, 5760),
     *_model("gpt_oss_up_int4", (32, 8192), 128, 2880, 5760, weights="uint4", group=32),
+    *_model("gpt_oss_up_mxfp4", (32, 8192), 128, 2880, 5760, **MXFP4),
+    *_model("gpt_oss_down_mxfp4_of_2", (32,), 32, 2880, 2880, layers=2, **MXFP4),
     *_model("mixtral_up", (4096,), 8, 4096, 28672),
     *_model("mixtral_up_fp8", (4096,), 8, 4096, 28672, weights="fp8_channel"),
 )  # fmt: skip
@@ -126,8 +134,9 @@ def inputs(case: Case, key: jax.Array, impl: Impl) -> tuple:
         w = jax.random.randint(kw, (*E, N, K), -128, 128, jnp.int8)
         return x, w, sizes, uniform(*E, N).astype(scale_dtype), None
     G = K // case.group if case.group else 1
-    lowest = -8 if case.weights == "int4" else 0
-    w = jax.random.randint(kw, (*E, N, K), lowest, lowest + 16, jnp.int8)
+    lowest = {"int": -8, "e2m1": -7}[case.grid] if case.weights == "int4" else 0
+    highest = 7 if case.weights == "int4" else 15
+    w = jax.random.randint(kw, (*E, N, K), lowest, highest + 1, jnp.int8)
     zero = None
     if case.weights == "uint4":
         zero = jax.random.randint(kz, (*E, G, N), 0, 16, jnp.int8).astype(scale_dtype)
@@ -144,7 +153,7 @@ def call(case: Case, impl: Impl, device: Device, *, interpret: Any = False, tile
 
     def run(x_MK, w_ENK, sizes_E, scale, zero):
         return grouped_matmul(
-            x_MK, w_ENK, sizes_E, scale=scale, zero=zero, layer=layer,
+            x_MK, w_ENK, sizes_E, scale=scale, zero=zero, grid=case.grid, layer=layer,
             device=device, impl=impl, tiles=tiles, interpret=interpret,
         )  # fmt: skip
 
@@ -160,7 +169,7 @@ def _abstract(case: Case) -> tuple:
 def tuning_key(case: Case, device: Device) -> str:
     del device
     x, w, _, scale, zero = _abstract(case)
-    return key_of(x, w, len(case.sizes), scale, form_of(x, w, scale, zero))
+    return key_of(x, w, len(case.sizes), scale, form_of(x, w, scale, zero, case.grid))
 
 
 def candidates(case: Case, device: Device) -> tuple[Any, ...]:
@@ -171,7 +180,7 @@ def candidates(case: Case, device: Device) -> tuple[Any, ...]:
     if impl == "reference":
         return ()
     kernel = import_module(f"pallas_kernels.grouped_matmul.{impl}")
-    form = form_of(x, w, scale, zero)
+    form = form_of(x, w, scale, zero, case.grid)
     if impl == "mosaic_tpu":
         own = kernel.choose_tiles(x, w, E, form, device)
         sweep = itertools.product((32, 64, 128, 256), (128, 256, 512, 1024, 2048))

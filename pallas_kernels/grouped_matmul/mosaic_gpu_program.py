@@ -7,6 +7,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.grids import values_by_bits
 from pallas_kernels.grouped_matmul.mosaic_gpu_tiles import (
     ALIGN,
     OUT,
@@ -265,6 +266,7 @@ class Program(NamedTuple):
         if "zero" in s:
             packed ^= jnp.asarray(-8, packed.dtype)
         w_nK = plgpu.layout_cast(packed, plgpu.Layout.WGMMA).astype(jnp.bfloat16)
+        w_nK = values_by_bits(w_nK, self.form.grid)
         return (
             w_nK if s["y"].dtype == jnp.bfloat16 else w_nK.astype(jnp.float32).astype(s["y"].dtype)
         )

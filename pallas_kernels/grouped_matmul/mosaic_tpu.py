@@ -29,6 +29,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.checks import check_dtype, check_multiple
 from pallas_kernels.devices import Device, MiB
 from pallas_kernels.fp8_matmul.reference import round_to_e4m3, scale_of
+from pallas_kernels.grids import values
 from pallas_kernels.grouped_matmul.metadata import tile_visits
 from pallas_kernels.grouped_matmul.weights import BLOCK, Form, tuning_key
 from pallas_kernels.tuning import tuned
@@ -195,7 +196,7 @@ def _visit(
             x = x.astype(jnp.bfloat16)
         precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
         return lax.dot_general(
-            x, w.astype(x.dtype), (((1,), (0 if k_first else 1,)), ((), ())),
+            x, values(w.astype(x.dtype), form.grid), (((1,), (0 if k_first else 1,)), ((), ())),
             precision=precision, preferred_element_type=jnp.float32,
         )  # fmt: skip
 

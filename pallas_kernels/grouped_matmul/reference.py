@@ -10,15 +10,16 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.fp8_matmul.reference import quantize_tokens
+from pallas_kernels.grids import Grid, values
 from pallas_kernels.grouped_matmul.metadata import row_tiles
 from pallas_kernels.grouped_matmul.weights import BLOCK
 
 ROWS = (8, 64)  # of a tile: at least, at most; 64 rows repay the dequantizing of an expert
 
 
-def dequantize(w_NK, scale, zero):
+def dequantize(w_NK, scale, zero, grid: Grid):
     """One expert's weights in float32; scale and zero without their axis of experts."""
-    w = w_NK.astype(jnp.float32)
+    w = values(w_NK.astype(jnp.float32), grid)
     if scale is None:
         return w
     N, K = w.shape
@@ -43,18 +44,18 @@ def rounded(x_MK, w_ENK, scale):
     return q_MK.astype(jnp.float32) * jnp.repeat(scale_MG, group, 1)[:, :K]
 
 
-def definition(x_MK, w_ENK, group_sizes_E, scale, zero):
+def definition(x_MK, w_ENK, group_sizes_E, scale, zero, grid: Grid):
     x = rounded(x_MK, w_ENK, scale)
     pick = lambda a, e: None if a is None else a[e]
     M, E = x.shape[0], w_ENK.shape[0]
     end_E = jnp.cumsum(group_sizes_E)
     expert_M = jnp.minimum(jnp.searchsorted(end_E, jnp.arange(M), side="right"), E - 1)
-    row = lambda x_K, e: dequantize(w_ENK[e], pick(scale, e), pick(zero, e)) @ x_K
+    row = lambda x_K, e: dequantize(w_ENK[e], pick(scale, e), pick(zero, e), grid) @ x_K
     y_MN = jax.vmap(row)(x, expert_M)
     return jnp.where((jnp.arange(M) < end_E[-1])[:, None], y_MN, 0.0).astype(x_MK.dtype)
 
 
-def matmul(x_MK, w_ENK, group_sizes_E, scale, zero, base):
+def matmul(x_MK, w_ENK, group_sizes_E, scale, zero, base, grid: Grid):
     """Equal to `definition` for the experts from `base` on, of which there are group_sizes_E's."""
     M, N, E = x_MK.shape[0], w_ENK.shape[1], group_sizes_E.shape[0]
     least, most = ROWS
@@ -66,7 +67,7 @@ def matmul(x_MK, w_ENK, group_sizes_E, scale, zero, base):
 
     def step(t, y_MN):
         e, first = base + tile.expert_T[t], tile.row_T[t]
-        w_NK = dequantize(pick(w_ENK, e), pick(scale, e), pick(zero, e))
+        w_NK = dequantize(pick(w_ENK, e), pick(scale, e), pick(zero, e), grid)
         y_rN = jnp.einsum("rK,NK->rN", lax.dynamic_slice_in_dim(x, first, rows), w_NK)
         old_rN = lax.dynamic_slice_in_dim(y_MN, first, rows)
         mine = (jnp.arange(rows) < tile.count_T[t])[:, None]

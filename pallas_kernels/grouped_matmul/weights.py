@@ -5,6 +5,7 @@ from typing import Literal, NamedTuple
 import jax.numpy as jnp
 
 from pallas_kernels import checks
+from pallas_kernels.grids import GRIDS, Grid
 from pallas_kernels.tuning import key, up_to
 
 BLOCK = 128  # of N and of K, under one scale of block e4m3
@@ -16,6 +17,7 @@ Kind = Literal["float", "int8", "int4", "fp8_tensor", "fp8_channel", "fp8_block"
 class Form(NamedTuple):
     kind: Kind
     group: int  # input features under one scale
+    grid: Grid = "int"  # what int4 stands for
 
     @property
     def is_fp8(self) -> bool:
@@ -29,16 +31,18 @@ class Form(NamedTuple):
 def tuning_key(x_MK, w_ENK, E: int, scale, form: Form) -> str:
     """What decides tiles; of a stack w_ENK has more than E experts."""
     name = lambda a: "none" if a is None else jnp.dtype(a.dtype).name
+    w = name(w_ENK) if form.grid == "int" else form.grid
     return key(
         M=up_to(x_MK.shape[0]), E=E, N=w_ENK.shape[1], K=w_ENK.shape[2], form=form.kind,
-        group=form.group, x=name(x_MK), w=name(w_ENK), scale=name(scale),
+        group=form.group, x=name(x_MK), w=w, scale=name(scale),
     )  # fmt: skip
 
 
-def form_of(x_MK, w_ENK, scale, zero) -> Form:
-    """The form of checked weights; ValueError where scale or zero does not fit it."""
+def form_of(x_MK, w_ENK, scale, zero, grid: Grid = "int") -> Form:
+    """The form of checked weights; ValueError where scale, zero or grid does not fit it."""
     E, N, K = w_ENK.shape
     name = w_ENK.dtype.name
+    checks.check_one_of("grid", grid, GRIDS if name == "int4" else ("int",))
     if name != "uint4" and zero is not None:
         raise ValueError(f"zero is given, but w_ENK is {name}; only uint4 has zeros")
     if w_ENK.dtype == x_MK.dtype:
@@ -74,4 +78,4 @@ def form_of(x_MK, w_ENK, scale, zero) -> Form:
     if zero is not None:
         checks.check_shape("zero", zero, (E, G, N), why="every scale has a zero")
         checks.check_dtype("zero", zero, (scale.dtype,))
-    return Form("int4", K // G)
+    return Form("int4", K // G, grid)

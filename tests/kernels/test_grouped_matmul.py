@@ -1,3 +1,5 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,7 +36,7 @@ def test_the_reference_equals_the_definition(case, keys):
     if case.layers:  # the last of the stack's
         x, w, sizes, *scales = args
         args = (x, w[-1], sizes, *(None if a is None else a[-1] for a in scales))
-    assert_close(got, jax.jit(reference.definition)(*args))
+    assert_close(got, jax.jit(partial(reference.definition, grid=case.grid))(*args))
 
 
 @pytest.mark.parametrize("case", on(GPU), ids=ids)
@@ -141,6 +143,8 @@ BAD = (
     ("zero", UINT4),
     ("zero", UINT4 | {"zero": S((2, 1, 128), BF16)}),
     ("zero", UINT4 | {"zero": S((2, 2, 128), jnp.float32)}),
+    ("grid", INT8 | {"grid": "e2m1"}),
+    ("grid", UINT4 | {"zero": S((2, 2, 128), BF16), "grid": "e2m1"}),
 )
 
 

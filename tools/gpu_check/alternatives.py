@@ -198,10 +198,12 @@ def _fp8_matmul(case: Any, device: Device) -> list[Entrant]:
 
 
 def _grouped_matmul(case: Any, device: Device) -> list[Entrant]:
+    definition = grouped_matmul.reference
+
     def wide(x, w_ENK, sizes, scale, zero):
         if scale is None:
             return x, w_ENK, sizes
-        one = lambda w, s, z: grouped_matmul.reference.dequantize(w, s, z).astype(x.dtype)
+        one = lambda w, s, z: definition.dequantize(w, s, z, case.grid).astype(x.dtype)
         axes = (0, 0, None if zero is None else 0)
         return x, jax.vmap(one, in_axes=axes)(w_ENK, scale, zero), sizes
 
