@@ -1,4 +1,5 @@
-"""Matrix product with 4-bit integer weights in groups (GPTQ, AWQ): w = (q - zero) * scale.
+"""Matrix product with 4-bit weights in groups: integers (GPTQ, AWQ), w = (q - zero) * scale, or
+floats (MXFP4, NVFP4), w = value of q * scale.
 
 M tokens   K input features   N output features   G groups of K/G input features each
 L layers of stacked weights
@@ -11,6 +12,7 @@ from jaxtyping import Array, Float, Int, Integer
 
 from pallas_kernels.checks import check_dtype, check_one_of, check_rank, check_shape
 from pallas_kernels.devices import Device, Impl, mosaic
+from pallas_kernels.grids import GRIDS, Grid
 from pallas_kernels.int4_matmul import mosaic_gpu, mosaic_tpu, reference
 
 GROUPS = (32, 64, 128)  # or all of K, a scale per output channel
@@ -30,6 +32,7 @@ def int4_matmul(
     scale_GN: Float[Array, "*L G N"],
     zero_GN: Float[Array, "*L G N"] | None = None,
     *,
+    grid: Grid = "int",
     layer: int | Int[Array, ""] | None = None,
     device: Device,
     impl: Impl | None = None,
@@ -41,7 +44,9 @@ def int4_matmul(
     x is bfloat16 or float16, or float32 for the reference. w is int4 without zero, or uint4 with
     zero; it stays packed, two in a byte, in device memory. scale has x's dtype or float32, zero
     has scale's; row g of both belongs to input features [g*K/G, (g+1)*K/G), K/G being 32, 64, 128
-    or K. Other dtypes, ranks and sizes are a ValueError. `tiles` overrides the kernel's choice.
+    or K. With `grid` "e2m1" an int4 stands for a 4-bit float's half steps (see grids.py), and the
+    scale is half of what a float's would be. Other dtypes, ranks and sizes are a ValueError.
+    `tiles` overrides the kernel's choice.
 
     With a `layer`, w, scale and zero are stacked, [L, N, K] and so on, and a kernel reads that
     layer where it lies; a slice taken before the call would be a copy.
@@ -52,6 +57,7 @@ def int4_matmul(
     check_one_of("impl", impl, IMPLS)
     check_dtype("x_MK", x_MK, FLOATS[impl])
     check_dtype("w_NK", w_NK, ("int4",) if zero_GN is None else ("uint4",))
+    check_one_of("grid", grid, GRIDS if zero_GN is None else ("int",))
     check_shape("x_MK", x_MK, (x_MK.shape[0], w_NK.shape[-1]), why="its columns are w_NK's")
     if 0 in (*x_MK.shape, *w_NK.shape):
         raise ValueError(f"x_MK is {x_MK.shape} and w_NK {w_NK.shape}; no axis may be 0 long")
@@ -61,7 +67,7 @@ def int4_matmul(
         check_dtype("zero_GN", zero_GN, (scale_GN.dtype,))
     return run(
         x_MK, w_NK, scale_GN, zero_GN, layer,
-        device=device, impl=impl, tiles=tiles, interpret=interpret,
+        grid=grid, device=device, impl=impl, tiles=tiles, interpret=interpret,
     )  # fmt: skip
 
 
@@ -78,16 +84,19 @@ def check_scale(name: str, scale_GN, x_MK, w_NK) -> None:
         )
 
 
-def run(x_MK, w, scale, zero, layer, *, device: Device, impl: Impl, tiles: Any, interpret: Any):
+def run(
+    x_MK, w, scale, zero, layer, *,
+    grid: Grid, device: Device, impl: Impl, tiles: Any, interpret: Any,
+):  # fmt: skip
     """The product by a named implementation, of arguments that are known to be right."""
     if impl == "reference":
         pick = lambda a: a if a is None or layer is None else a[layer]
-        return reference.matmul(x_MK, pick(w), pick(scale), pick(zero))
+        return reference.matmul(x_MK, pick(w), pick(scale), pick(zero), grid)
     if layer is None:
         layer = 0
         w, scale, zero = w[None], scale[None], None if zero is None else zero[None]
     kernel = {"mosaic_gpu": mosaic_gpu, "mosaic_tpu": mosaic_tpu}[impl]
     return kernel.matmul(
         x_MK, w, scale, zero, jnp.asarray(layer, jnp.int32)[None],
-        device=device, tiles=tiles, interpret=interpret,
+        grid=grid, device=device, tiles=tiles, interpret=interpret,
     )  # fmt: skip

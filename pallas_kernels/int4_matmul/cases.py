@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.cases import Work
 from pallas_kernels.devices import Device, Impl
+from pallas_kernels.grids import Grid
 from pallas_kernels.int4_matmul import choose, int4_matmul
 from pallas_kernels.int4_matmul import tiles as tiling
 from pallas_kernels.int4_matmul.mosaic_tpu import Tiles as TpuTiles
@@ -24,6 +25,7 @@ class Case(NamedTuple):
     dtype: str = "bfloat16"
     scale: str = "bfloat16"
     zeros: bool = False
+    grid: Grid = "int"
     layers: int | None = None  # of a stack, whose last is multiplied by
     gpu_tiles: Tiles | None = None  # instead of the kernel's own choice
     tpu_tiles: TpuTiles | None = None
@@ -57,6 +59,11 @@ CASES = (
         "scale_first_group_32_in_float32", 38, 128, 128, 32,
         scale=F32, zeros=True, gpu_tiles=SCALE_FIRST, tpu_tiles=TPU_SCALE_FIRST,
     ),
+    Case("e2m1", 9, 128, 256, 32, scale=F32, grid="e2m1", gpu_tiles=ONE),
+    Case(
+        "e2m1_scale_first_of_a_stack", 40, 128, 256, 32,
+        grid="e2m1", layers=2, gpu_tiles=SCALE_FIRST, tpu_tiles=TPU_SCALE_FIRST,
+    ),
     Case(
         "group_of_two_stages", 16, 64, 256, 128,
         gpu_tiles=Tiles(16, 1, 1, 64, 1, 3, 1, 1, False),
@@ -85,6 +92,9 @@ MODEL_CASES = (
     Case("qwen3_30b_o_group_32", 256, 2048, 4096, 32),
     Case("gemma3_27b_gate_up", 16, 43008, 5376, 128),
     Case("gemma3_27b_down_group_64", 256, 5376, 21504, 64),
+    Case("gpt_oss_20b_down_mxfp4", 16, 2880, 2880, 32, grid="e2m1"),
+    Case("llama_8b_down_mxfp4", 16, 4096, 14336, 32, grid="e2m1"),
+    Case("llama_8b_gate_up_2048_mxfp4", 2048, 28672, 4096, 32, grid="e2m1"),
     Case("llama_8b_o_per_channel", 16, 4096, 4096, 4096),
 )
 
@@ -98,6 +108,8 @@ def inputs(case: Case, key: jax.Array, impl: Impl) -> tuple[jax.Array, ...]:
     signed = jnp.uint4 if case.zeros else jnp.int4
     L = () if case.layers is None else (case.layers,)
     w_NK = jax.lax.bitcast_convert_type(_nibbles(w_key, (*L, N, K)), signed)
+    if case.grid == "e2m1":  # whose least number is -7
+        w_NK = jnp.maximum(w_NK.astype(jnp.int8), jnp.int8(-7)).astype(jnp.int4)
     amplitude = 1 / (K**0.5 * (6.5 if case.zeros else 4.6))  # for outputs of about 1
     scale_GN = jax.random.uniform(s_key, (*L, G, N), jnp.float32, 0.5, 1.5) * amplitude
     scale_GN = scale_GN.astype(case.scale)
@@ -116,7 +128,13 @@ def call(
 ) -> Callable:
     tiles = tiles or {"mosaic_gpu": case.gpu_tiles, "mosaic_tpu": case.tpu_tiles}.get(impl)
     layer = None if case.layers is None else jnp.int32(case.layers - 1)
-    options = {"device": device, "impl": impl, "tiles": tiles, "interpret": interpret}
+    options = {
+        "grid": case.grid,
+        "device": device,
+        "impl": impl,
+        "tiles": tiles,
+        "interpret": interpret,
+    }
     return partial(int4_matmul, layer=layer, **options)
 
 
@@ -135,7 +153,7 @@ def work(case: Case) -> Work:
 def problem_of(case: Case) -> tiling.Problem:
     stacked = case._replace(layers=case.layers or 1)
     shapes = jax.eval_shape(lambda key: inputs(stacked, key, "mosaic_gpu"), jax.random.key(0))
-    return tiling.problem_of(*shapes, *([] if case.zeros else [None]))
+    return tiling.problem_of(*shapes, *([] if case.zeros else [None]), grid=case.grid)
 
 
 def tuning_key(case: Case, device: Device) -> str:

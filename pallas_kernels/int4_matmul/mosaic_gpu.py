@@ -24,6 +24,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.checks import check_multiple
 from pallas_kernels.devices import Device
+from pallas_kernels.grids import Grid, values_by_bits
 from pallas_kernels.hopper import (
     ACC,
     WARPGROUP_ROWS,
@@ -32,36 +33,38 @@ from pallas_kernels.hopper import (
     swizzled,
 )
 from pallas_kernels.int4_matmul import tiles as tiling
-from pallas_kernels.int4_matmul.tiles import PRODUCER_REGISTERS, Tiles, problem_of
+from pallas_kernels.int4_matmul.tiles import PRODUCER_REGISTERS, Problem, Tiles, problem_of
 
 SNAKE = 8  # token tiles that blocks running together walk through: their x stays in L2
 
 
 def matmul(
-    x_MK, w_LNK, scale_LGN, zero_LGN, layer_1, *, device: Device, tiles: Tiles | None, interpret
+    x_MK, w_LNK, scale_LGN, zero_LGN, layer_1, *,
+    grid: Grid, device: Device, tiles: Tiles | None, interpret,
 ):  # fmt: skip
     """int4 or int8 w without zero, uint4 w with zero."""
     (M, K), N = x_MK.shape, w_LNK.shape[1]
     check_multiple("K", K, 64, why="the narrowest swizzle of int4 has 64 columns")
     check_multiple("N", N, WARPGROUP_ROWS, why="a warpgroup multiplies 64 output features")
-    problem = problem_of(x_MK, w_LNK, scale_LGN, zero_LGN)
+    problem = problem_of(x_MK, w_LNK, scale_LGN, zero_LGN, grid)
     t = tiles or tiling.best_tiles(problem, device)
     tiling.check(t, problem, device)
     x_MK = jnp.pad(x_MK, ((0, -M % t.tokens), (0, 0)))
     if zero_LGN is not None:
         # Only signed integers widen fast: the kernel makes them q - 8, and zeros zero - 8.
         w_LNK = lax.bitcast_convert_type(w_LNK, jnp.int4)
-    y = kernel(t, x_MK, w_LNK, scale_LGN, zero_LGN, layer_1, interpret=interpret)
+    y = kernel(t, problem, x_MK, w_LNK, scale_LGN, zero_LGN, layer_1, interpret=interpret)
     if t.splits > 1:
         y = y.sum(0).T.astype(x_MK.dtype)
     return y[:M]
 
 
-def kernel(t: Tiles, x_MK, w_LNK, scale_LGN, zero_LGN, layer_1, *, interpret):
+def kernel(
+    t: Tiles, problem: Problem, x_MK, w_LNK, scale_LGN, zero_LGN, layer_1, *, interpret
+):  # fmt: skip
     """y [M, N] in x's dtype, or with splits their [splits, N, M] in float32."""
     (M, K), N, G, dtype = x_MK.shape, w_LNK.shape[1], scale_LGN.shape[1], x_MK.dtype
     operands = [a for a in (x_MK, w_LNK, scale_LGN, zero_LGN) if a is not None]
-    problem = problem_of(x_MK, w_LNK, scale_LGN, zero_LGN)
     C, wgs, rows = t.width, t.wgs_n * t.wgs_k, WARPGROUP_ROWS * t.wgs_n
     step_k, scale_rows = tiling.step_k(t), tiling.scale_rows(t, problem)
     epilogue = tiling.epilogue_tokens(t)
@@ -166,6 +169,7 @@ def kernel(t: Tiles, x_MK, w_LNK, scale_LGN, zero_LGN, layer_1, *, interpret):
                 if len(sz_s) == 2:
                     q = q ^ jnp.asarray(-8, q.dtype)
                 q = plgpu.layout_cast(q, plgpu.Layout.WGMMA).astype(jnp.bfloat16)
+                q = values_by_bits(q, problem.grid)
                 for j in range(0, C, part):
                     g = 0 if per_channel else lax.div(column + j, jnp.int32(group))
                     w = dequantize(q[:, j : j + part], 0 if per_channel else slot, g)

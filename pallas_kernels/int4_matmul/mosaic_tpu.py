@@ -20,6 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.checks import check_multiple
 from pallas_kernels.devices import Device, MiB
+from pallas_kernels.grids import Grid, values
 from pallas_kernels.int4_matmul.tiles import Problem, op_of, problem_of, tuning_key
 from pallas_kernels.tuning import tuned
 
@@ -56,12 +57,13 @@ def best_tiles(p: Problem, device: Device) -> Tiles:
 
 
 def matmul(
-    x_MK, w_LNK, scale_LGN, zero_LGN, layer_1, *, device: Device, tiles: Tiles | None, interpret
+    x_MK, w_LNK, scale_LGN, zero_LGN, layer_1, *,
+    grid: Grid, device: Device, tiles: Tiles | None, interpret,
 ):  # fmt: skip
     (M, K), N, dtype = x_MK.shape, w_LNK.shape[1], x_MK.dtype
     check_multiple("K", K, LANES, why="blocks are whole lanes")
     check_multiple("N", N, LANES, why="blocks are whole lanes")
-    t = tiles or best_tiles(problem_of(x_MK, w_LNK, scale_LGN, zero_LGN), device)
+    t = tiles or best_tiles(problem_of(x_MK, w_LNK, scale_LGN, zero_LGN, grid), device)
     x_MK = jnp.pad(x_MK, ((0, -M % t.tokens), (0, 0)))
     if dtype == jnp.float16:  # the matrix unit has no float16
         x_MK, scale_LGN = x_MK.astype(jnp.bfloat16), scale_LGN.astype(jnp.float32)
@@ -69,12 +71,13 @@ def matmul(
     if not interpret:  # else XLA may copy all of the weights to VMEM first
         w_LNK = pltpu.with_memory_space_constraint(w_LNK, pltpu.HBM)
     out = jnp.float32 if dtype == jnp.float16 else dtype
-    y = kernel(t, M, x_MK, w_LNK, scale_LGN, zero_LGN, layer_1, out, device, interpret)
+    y = kernel(t, M, x_MK, w_LNK, scale_LGN, zero_LGN, layer_1, grid, out, device, interpret)
     return y[:M].astype(dtype)
 
 
 def kernel(
-    t: Tiles, tokens, x_MK, w_LNK, scale_LGN, zero_LGN, layer_1, out, device: Device, interpret: Any
+    t: Tiles, tokens, x_MK, w_LNK, scale_LGN, zero_LGN, layer_1, grid: Grid, out,
+    device: Device, interpret: Any,
 ):  # fmt: skip
     """The product of all rows of x_MK, of which the first `tokens` count as work."""
     (M, K), (L, N, _), G = x_MK.shape, w_LNK.shape, scale_LGN.shape[1]
@@ -89,7 +92,9 @@ def kernel(
         return layer[0] * of_layer + (k if G > 1 else 0), 0, n
 
     sz_spec = pl.BlockSpec((1, scales, t.rows), scale_block)
-    body = functools.partial(_after if t.scale_after or G == 1 else _before, group=group, G=G)
+    body = functools.partial(
+        _after if t.scale_after or G == 1 else _before, group=group, G=G, grid=grid
+    )
     bytes_once = tokens * (K + N) * 2 + N * K * jnp.iinfo(w_LNK.dtype).bits // 8
     bytes_once += sum(a.size * a.dtype.itemsize for a in sz) // L
     return pl.pallas_call(
@@ -122,12 +127,12 @@ def _dot(a, b):
     return lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
 
 
-def _widen(w_ref, columns):
-    """bfloat16 integers."""
-    return w_ref[:, columns].astype(jnp.bfloat16)
+def _widen(w_ref, columns, grid: Grid):
+    """What the integers stand for, in bfloat16."""
+    return values(w_ref[:, columns].astype(jnp.bfloat16), grid)
 
 
-def _after(_, x_ref, w_ref, s_ref, *refs, group: int, G: int):
+def _after(_, x_ref, w_ref, s_ref, *refs, group: int, G: int, grid: Grid):
     *z_ref, o_ref, acc_ref = refs
     k, width = pl.program_id(2), x_ref.shape[1]
 
@@ -144,7 +149,7 @@ def _after(_, x_ref, w_ref, s_ref, *refs, group: int, G: int):
         if copies > 1:
             lane = lax.broadcasted_iota(jnp.int32, x.shape, 1) // group
             x = jnp.concatenate([jnp.where(lane == j, x, jnp.zeros_like(x)) for j in range(copies)])
-        p = _dot(x, _widen(w_ref, slice(first, first + step)))
+        p = _dot(x, _widen(w_ref, slice(first, first + step), grid))
         sums = x.astype(jnp.float32).sum(1, keepdims=True) if z_ref else None
         for j in range(copies):
             g = 0 if G == 1 else first // group + j
@@ -161,7 +166,7 @@ def _after(_, x_ref, w_ref, s_ref, *refs, group: int, G: int):
         o_ref[...] = (acc * row(s_ref, 0) if G == 1 else acc).astype(o_ref.dtype)
 
 
-def _before(_, x_ref, w_ref, s_ref, *refs, group: int, G: int):
+def _before(_, x_ref, w_ref, s_ref, *refs, group: int, G: int, grid: Grid):
     del G
     *z_ref, o_ref, acc_ref = refs
     k, (rows, width) = pl.program_id(2), w_ref.shape
@@ -184,7 +189,7 @@ def _before(_, x_ref, w_ref, s_ref, *refs, group: int, G: int):
     s, z = columns_of(s_ref), [columns_of(ref) for ref in z_ref]
     parts = []
     for first in range(0, width, LANES):
-        w = w_ref[:, first : first + LANES].astype(jnp.float32)
+        w = values(w_ref[:, first : first + LANES].astype(jnp.float32), grid)
         for zeros in z:
             w = w - spread(zeros, first)
         parts.append((w * spread(s, first)).astype(jnp.bfloat16))

@@ -2,17 +2,20 @@
 
 import jax.numpy as jnp
 
+from pallas_kernels.grids import Grid, values
 
-def dequantize(w_NK, scale_GN, zero_GN):
-    """(w - zero) * scale in float32; row g of scale and zero holds for columns g*K/G on."""
+
+def dequantize(w_NK, scale_GN, zero_GN, grid: Grid):
+    """(w - zero) * scale in float32, of what w stands for; row g of scale and zero holds for
+    columns g*K/G on."""
     (N, K), G = w_NK.shape, scale_GN.shape[0]
-    w_NGk = w_NK.astype(jnp.float32).reshape(N, G, K // G)
+    w_NGk = values(w_NK.astype(jnp.float32), grid).reshape(N, G, K // G)
     if zero_GN is not None:
         w_NGk = w_NGk - zero_GN.T[..., None].astype(jnp.float32)
     return (w_NGk * scale_GN.T[..., None].astype(jnp.float32)).reshape(N, K)
 
 
-def matmul(x_MK, w_NK, scale_GN, zero_GN):
+def matmul(x_MK, w_NK, scale_GN, zero_GN, grid: Grid):
     """x @ dequantize(w).T, summed in float32."""
-    w = dequantize(w_NK, scale_GN, zero_GN)
+    w = dequantize(w_NK, scale_GN, zero_GN, grid)
     return jnp.einsum("MK,NK->MN", x_MK.astype(jnp.float32), w).astype(x_MK.dtype)

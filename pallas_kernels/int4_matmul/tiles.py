@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.checks import check_multiple, check_one_of
 from pallas_kernels.devices import Device
+from pallas_kernels.grids import Grid
 from pallas_kernels.hopper import WARPGROUP_ROWS
 from pallas_kernels.tuning import key, tuned, up_to
 
@@ -26,6 +27,7 @@ L2 = 28  # bytes from L2 to one SM, when all SMs ask
 # Cycles:
 WIDEN = 145  # instructions of a warp per 64 x 128 weights: shuffles, conversion
 SCALE = 34  # more of them to scale (or to subtract a zero) in bfloat16
+E2M1 = 192  # more of them for the numbers of 4-bit floats
 IN_FLOAT32 = 130  # more of them to do that in float32
 START = 2500  # of a block: launch, first loads, epilogue
 SECOND_PASS = 3000  # a launch, beside the writing and reading of the parts
@@ -42,12 +44,14 @@ class Problem(NamedTuple):
     x_dtype: Any
     scale_dtype: Any
     zeros: bool
+    grid: Grid
 
 
-def problem_of(x_MK, w_LNK, scale_LGN, zero_LGN) -> Problem:
+def problem_of(x_MK, w_LNK, scale_LGN, zero_LGN, grid: Grid) -> Problem:
     (M, K), N, G = x_MK.shape, w_LNK.shape[1], scale_LGN.shape[1]
     bits = jnp.iinfo(w_LNK.dtype).bits
-    return Problem(M, N, K, G, bits, x_MK.dtype, scale_LGN.dtype, zero_LGN is not None)
+    zeros = zero_LGN is not None
+    return Problem(M, N, K, G, bits, x_MK.dtype, scale_LGN.dtype, zeros, grid)
 
 
 def op_of(p: Problem) -> str:
@@ -59,6 +63,7 @@ def tuning_key(p: Problem) -> str:
     return key(
         M=up_to(p.M), N=p.N, K=p.K, group=p.K // p.G, x=jnp.dtype(p.x_dtype).name,
         scale=jnp.dtype(p.scale_dtype).name, zeros=int(p.zeros),
+        **{} if p.grid == "int" else {"grid": p.grid},
     )  # fmt: skip
 
 
@@ -186,6 +191,7 @@ def cycles(t: Tiles, p: Problem, device: Device) -> float:
     units = t.chunks * t.width / 128  # of 64 x 128 weights, per warpgroup and step
     groups = 0 if p.G == 1 else 128 * p.G / p.K
     widen = WIDEN + SCALE * (p.zeros + scales_weights(t, p)) + IN_FLOAT32 * in_float32(t, p)
+    widen += E2M1 * (p.grid == "e2m1")
     widen += groups * t.tokens * t.scale_after
     multiply = 8 * max(t.tokens / 2, 16)
     waits = max(groups, 1) if t.scale_after else 1 / t.chunks

@@ -64,7 +64,7 @@ def int8_matmul(
         scale_GN = scale_N[..., None, :]
         return int4_matmul.run(
             x_MK, w_NK, scale_GN, None, layer,
-            device=device, impl=impl, tiles=tiles, interpret=interpret,
+            grid="int", device=device, impl=impl, tiles=tiles, interpret=interpret,
         )  # fmt: skip
     if layer is not None:  # XLA reads the layer's weights where they lie
         w_NK, scale_N = w_NK[layer], scale_N[layer]
@@ -91,7 +91,7 @@ def int8_grouped_matmul(
     int4_matmul.check_scale("scale_GN", scale_GN, x_MK, w_NK)
     return int4_matmul.run(
         x_MK, w_NK, scale_GN, None, layer,
-        device=device, impl=impl, tiles=tiles, interpret=interpret,
+        grid="int", device=device, impl=impl, tiles=tiles, interpret=interpret,
     )  # fmt: skip
 
 

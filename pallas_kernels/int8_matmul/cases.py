@@ -105,7 +105,7 @@ def work(case: Case) -> Work:
 def problem_of(case: Case) -> tiling.Problem:
     groups, scale = (1, "float32") if case.group is None else (case.K // case.group, case.dtype)
     return tiling.Problem(
-        case.M, case.N, case.K, groups, 8, jnp.dtype(case.dtype), jnp.dtype(scale), False
+        case.M, case.N, case.K, groups, 8, jnp.dtype(case.dtype), jnp.dtype(scale), False, "int"
     )
 
 

@@ -16,6 +16,7 @@ from pallas_kernels.int4_matmul.cases import (
     candidates,
     impls,
     inputs,
+    problem_of,
 )
 from tests.kernels.harness import check_case
 
@@ -53,10 +54,7 @@ def test_the_reference_is_the_formula(case, keys):
 @pytest.mark.parametrize("case", MODEL_CASES, ids=lambda c: c.name)
 def test_chosen_tiles_are_allowed_and_cheapest(case, device):
     found = candidates(case, device)
-    problem = tiles.Problem(
-        case.M, case.N, case.K, case.K // case.group, 4,
-        jnp.dtype(case.dtype), jnp.dtype(case.scale), case.zeros,
-    )  # fmt: skip
+    problem = problem_of(case)
     for t in found:
         tiles.check(t, problem, device)
     assert tiles.choose(problem, device) == found[0]

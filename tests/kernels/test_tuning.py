@@ -85,7 +85,7 @@ def test_an_op_takes_the_measured_tiles(op, name, device, tiles, measured):
 def test_what_was_measured_for_16_tokens_serves_9_to_16(device, measured):
     _, case = named("int4_matmul", "llama_8b_down_gptq")
     tiling = int4_tiles if device is H200 else int4_tpu
-    problem = int4_tiles.Problem(16, case.N, case.K, 112, 4, BF16, BF16, True)
+    problem = int4_tiles.Problem(16, case.N, case.K, 112, 4, BF16, BF16, True, "int")
     own = tiling.best_tiles(problem, device)
     other = own._replace(tokens=48)
     measured("int4_matmul", device, {int4_tiles.tuning_key(problem): other})

@@ -154,7 +154,7 @@ def _flash_attention(case: Any, device: Device) -> list[Entrant]:
 
 def _int4_matmul(case: Any, device: Device) -> list[Entrant]:
     def wide(x, w, scale, zero=None):
-        return x, int4_matmul.reference.dequantize(w, scale, zero).astype(x.dtype)
+        return x, int4_matmul.reference.dequantize(w, scale, zero, case.grid).astype(x.dtype)
 
     fused = Entrant("XLA, dequantise and dot", lambda *args: dot(*wide(*args)))
     return [*dots(device, wide), fused]
@@ -163,7 +163,7 @@ def _int4_matmul(case: Any, device: Device) -> list[Entrant]:
 def _int8_matmul(case: Any, device: Device) -> list[Entrant]:
     def wide(x, w, scale):
         scale_GN = scale if scale.ndim == 2 else scale[None]
-        return x, int4_matmul.reference.dequantize(w, scale_GN, None).astype(x.dtype)
+        return x, int4_matmul.reference.dequantize(w, scale_GN, None, "int").astype(x.dtype)
 
     return [*dots(device, wide), reference("int8_matmul", case)]
 
