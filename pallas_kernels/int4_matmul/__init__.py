@@ -61,27 +61,27 @@ def int4_matmul(
     check_shape("x_MK", x_MK, (x_MK.shape[0], w_NK.shape[-1]), why="its columns are w_NK's")
     if 0 in (*x_MK.shape, *w_NK.shape):
         raise ValueError(f"x_MK is {x_MK.shape} and w_NK {w_NK.shape}; no axis may be 0 long")
-    check_scale("scale_GN", scale_GN, x_MK, w_NK)
-    if zero_GN is not None:
-        check_shape("zero_GN", zero_GN, scale_GN.shape, why="every scale has a zero")
-        check_dtype("zero_GN", zero_GN, (scale_GN.dtype,))
+    check_scales(scale_GN, zero_GN, x_MK, w_NK)
     return run(
         x_MK, w_NK, scale_GN, zero_GN, layer,
         grid=grid, device=device, impl=impl, tiles=tiles, interpret=interpret,
     )  # fmt: skip
 
 
-def check_scale(name: str, scale_GN, x_MK, w_NK) -> None:
+def check_scales(scale_GN, zero_GN, x_MK, w_NK) -> None:
     """Groups of a size that the kernels know, of K and N as w_NK has them."""
-    check_rank(name, scale_GN, w_NK.ndim)
-    check_dtype(name, scale_GN, dict.fromkeys((x_MK.dtype.name, "float32")))
+    check_rank("scale_GN", scale_GN, w_NK.ndim)
+    check_dtype("scale_GN", scale_GN, dict.fromkeys((x_MK.dtype.name, "float32")))
     *L, N, K = w_NK.shape
     G = scale_GN.shape[-2]
-    check_shape(name, scale_GN, (*L, G, N), why="its columns are w_NK's rows")
+    check_shape("scale_GN", scale_GN, (*L, G, N), why="its columns are w_NK's rows")
     if G == 0 or K % G or K // G not in (*GROUPS, K):
         raise ValueError(
-            f"{name} has {G} rows for K = {K}; K/G must be {', '.join(map(str, GROUPS))} or K"
+            f"scale_GN has {G} rows for K = {K}; K/G must be {', '.join(map(str, GROUPS))} or K"
         )
+    if zero_GN is not None:
+        check_shape("zero_GN", zero_GN, scale_GN.shape, why="every scale has a zero")
+        check_dtype("zero_GN", zero_GN, (scale_GN.dtype,))
 
 
 def run(

@@ -42,7 +42,7 @@ def matmul(
     x_MK, w_LNK, scale_LGN, zero_LGN, layer_1, *,
     grid: Grid, device: Device, tiles: Tiles | None, interpret,
 ):  # fmt: skip
-    """int4 or int8 w without zero, uint4 w with zero."""
+    """w is int4 or, with zero, uint4; or int8."""
     (M, K), N = x_MK.shape, w_LNK.shape[1]
     check_multiple("K", K, 64, why="the narrowest swizzle of int4 has 64 columns")
     check_multiple("N", N, WARPGROUP_ROWS, why="a warpgroup multiplies 64 output features")
@@ -50,7 +50,7 @@ def matmul(
     t = tiles or tiling.best_tiles(problem, device)
     tiling.check(t, problem, device)
     x_MK = jnp.pad(x_MK, ((0, -M % t.tokens), (0, 0)))
-    if zero_LGN is not None:
+    if w_LNK.dtype == jnp.uint4:
         # Only signed integers widen fast: the kernel makes them q - 8, and zeros zero - 8.
         w_LNK = lax.bitcast_convert_type(w_LNK, jnp.int4)
     y = kernel(t, problem, x_MK, w_LNK, scale_LGN, zero_LGN, layer_1, interpret=interpret)
@@ -65,6 +65,7 @@ def kernel(
     """y [M, N] in x's dtype, or with splits their [splits, N, M] in float32."""
     (M, K), N, G, dtype = x_MK.shape, w_LNK.shape[1], scale_LGN.shape[1], x_MK.dtype
     operands = [a for a in (x_MK, w_LNK, scale_LGN, zero_LGN) if a is not None]
+    is_shifted = problem.zeros and problem.bits == 4
     C, wgs, rows = t.width, t.wgs_n * t.wgs_k, WARPGROUP_ROWS * t.wgs_n
     step_k, scale_rows = tiling.step_k(t), tiling.scale_rows(t, problem)
     epilogue = tiling.epilogue_tokens(t)
@@ -157,7 +158,7 @@ def kernel(
                 w = q.astype(jnp.float32) if in_float32 else q
                 if len(sz_s) == 2:
                     zero = row_of(sz_s[1], slot, g, w)
-                    w = w - over(zero - jnp.asarray(8, zero.dtype), w)
+                    w = w - over(zero - jnp.asarray(8, zero.dtype) if is_shifted else zero, w)
                 if scales_weights:
                     w = w * over(row_of(sz_s[0], slot, g, w), w)
                 return w.astype(dtype)
@@ -166,7 +167,7 @@ def kernel(
                 """(a stage's row of scales, its columns, its dequantised weights), in chunk c."""
                 column = (wk * t.chunks + c) * C
                 q = plgpu.load(w_s.at[slot, wg_rows, pl.ds(column, C)], layout=upcast)
-                if len(sz_s) == 2:
+                if is_shifted:
                     q = q ^ jnp.asarray(-8, q.dtype)
                 q = plgpu.layout_cast(q, plgpu.Layout.WGMMA).astype(jnp.bfloat16)
                 q = values_by_bits(q, problem.grid)

@@ -41,19 +41,22 @@ def largest_divisor(n: int, limit: int, unit: int) -> int:
     return next(d for d in range(limit // unit * unit, 0, -unit) if n % d == 0)
 
 
-def choose_tiles(M: int, N: int, K: int, group: int) -> Tiles:
+def choose_tiles(p: Problem) -> Tiles:
+    (M, N, K), group = p[:3], p.K // p.G
     few = M <= FEW_TOKENS
     tokens = min(-(-M // SUBLANES) * SUBLANES, 1024)
+    # Of int8 less its zero, 2048 rows and 1024 tokens take more VMEM than some chips give.
+    rows = 1024 if p.bits == 8 and p.zeros and not few else 2048
     # With 8 groups in a block its scales fill whole tiles, and nothing is copied to regroup them.
     units = (8 * group, max(group, LANES)) if group < K else (LANES,)
     unit = next((u for u in units if u <= 1024 and u % LANES == 0 and K % u == 0), LANES)
-    return Tiles(tokens, largest_divisor(N, 2048, LANES), largest_divisor(K, 1024, unit), few)
+    return Tiles(tokens, largest_divisor(N, rows, LANES), largest_divisor(K, 1024, unit), few)
 
 
 def best_tiles(p: Problem, device: Device) -> Tiles:
     """Those measured fastest, else what seems so."""
     measured = tuned(op_of(p), device, tuning_key(p), Tiles)
-    return measured or choose_tiles(p.M, p.N, p.K, p.K // p.G)
+    return measured or choose_tiles(p)
 
 
 def matmul(

@@ -1,4 +1,4 @@
-"""Matrix product with int8 weights: one scale per output channel, or one per group (GPTQ).
+"""Matrix product with int8 weights: a scale per output channel, or a scale and a zero per group.
 
 M tokens   K input features   N output features   G groups of K/G input features each
 
@@ -77,6 +77,7 @@ def int8_grouped_matmul(
     x_MK: Float[Array, "M K"],
     w_NK: Int8[Array, "*L N K"],
     scale_GN: Float[Array, "*L G N"],
+    zero_GN: Float[Array, "*L G N"] | None = None,
     *,
     layer: int | Int[Array, ""] | None = None,
     device: Device,
@@ -84,13 +85,17 @@ def int8_grouped_matmul(
     tiles: Any = None,
     interpret: Any = False,
 ) -> Float[Array, "M N"]:
-    """`int4_matmul.int4_matmul` without zero, for int8 weights."""
+    """`int4_matmul.int4_matmul` for int8 weights, with zero or without: (w - zero) * scale.
+
+    Unsigned 8-bit numbers (GPTQ) are stored less 128, their zeros too. A zero need not be whole
+    (GGUF's minima over their scales): the difference is rounded to x's dtype.
+    """
     impl = impl or mosaic(device)
     check_one_of("impl", impl, int4_matmul.IMPLS)
     check(x_MK, w_NK, layer, impl)
-    int4_matmul.check_scale("scale_GN", scale_GN, x_MK, w_NK)
+    int4_matmul.check_scales(scale_GN, zero_GN, x_MK, w_NK)
     return int4_matmul.run(
-        x_MK, w_NK, scale_GN, None, layer,
+        x_MK, w_NK, scale_GN, zero_GN, layer,
         grid="int", device=device, impl=impl, tiles=tiles, interpret=interpret,
     )  # fmt: skip
 

@@ -22,6 +22,7 @@ class Case(NamedTuple):
     K: int
     activations: Activations
     group: int | None = None  # None: a scale per output channel
+    zeros: bool = False
     dtype: str = "bfloat16"
     layers: int | None = None  # of a stack, whose last is multiplied by
     gpu_tiles: Tiles | None = None  # instead of the kernel's own choice
@@ -36,6 +37,14 @@ CASES = (
     Case("float16", 24, 128, 256, "float", dtype=F16, gpu_tiles=TWO._replace(tokens=24)),
     Case("splits", 8, 64, 256, "float", gpu_tiles=Tiles(8, 1, 1, 64, 1, 2, 2, 1, False)),
     Case("group_128", 16, 128, 256, "float", 128, gpu_tiles=TWO._replace(tokens=16)),
+    Case("group_32_zeros", 9, 128, 256, "float", 32, zeros=True, gpu_tiles=TWO._replace(tokens=16)),
+    Case("group_64_zeros_f16_of_a_stack", 3, 128, 128, "float", 64, zeros=True, dtype=F16, layers=2,
+         gpu_tiles=TWO),
+    Case(
+        "group_32_zeros_scale_first", 38, 128, 128, "float", 32, zeros=True,
+        gpu_tiles=Tiles(40, 2, 1, 128, 1, 2, 1, 1, False),
+        tpu_tiles=mosaic_tpu.Tiles(48, 128, 128, False),
+    ),
     Case(
         "group_32_scale_first", 48, 128, 128, "float", 32,
         gpu_tiles=Tiles(48, 2, 1, 128, 1, 2, 1, 1, False),
@@ -53,26 +62,33 @@ MODEL_CASES = (
     Case("llama_8b_gate_up_2048_int8", 2048, 28672, 4096, "int8"),
     Case("llama_70b_tp8_down", 16, 8192, 3584, "float"),
     Case("llama_70b_tp8_gate_up_8192_int8", 8192, 7168, 8192, "int8"),
-    Case("qwen3_30b_o_f16", 256, 2048, 4096, "float", None, F16),
+    Case("qwen3_30b_o_f16", 256, 2048, 4096, "float", dtype=F16),
     Case("gemma3_27b_gate_up", 8, 43008, 5376, "float"),
     Case("gemma3_27b_down_int8", 256, 5376, 21504, "int8"),
     Case("llama_8b_down_group_128", 16, 4096, 14336, "float", 128),
+    Case("llama_8b_down_zeros", 16, 4096, 14336, "float", 32, True),
+    Case("llama_8b_gate_up_2048_zeros", 2048, 28672, 4096, "float", 32, True),
     Case("llama_8b_gate_up_2048_group_128", 2048, 28672, 4096, "float", 128),
 )
 
 
 def inputs(case: Case, key: jax.Array, impl: Impl) -> tuple[jax.Array, ...]:
-    """x, w, scale."""
+    """x, w, scale and, with zeros, zero."""
     del impl
     M, N, K = case.M, case.N, case.K
-    x_key, w_key, s_key = jax.random.split(key, 3)
+    x_key, w_key, s_key, z_key = jax.random.split(key, 4)
     x_MK = jax.random.normal(x_key, (M, K), case.dtype)
     L = () if case.layers is None else (case.layers,)
     w_NK = jax.lax.bitcast_convert_type(jax.random.bits(w_key, (*L, N, K), jnp.uint8), jnp.int8)
     amplitude = 1 / (K**0.5 * 74)  # for outputs of about 1
     shape = (*L, N) if case.group is None else (*L, K // case.group, N)
     scale = jax.random.uniform(s_key, shape, jnp.float32, 0.5, 1.5) * amplitude
-    return x_MK, w_NK, scale if case.group is None else scale.astype(case.dtype)
+    if case.group is None:
+        return x_MK, w_NK, scale
+    scale = scale.astype(case.dtype)
+    if not case.zeros:
+        return x_MK, w_NK, scale
+    return x_MK, w_NK, scale, jax.random.randint(z_key, shape, -128, 128).astype(case.dtype)
 
 
 def call(
@@ -96,7 +112,7 @@ def impls(case: Case, device: Device) -> tuple[Impl, ...]:
 
 def work(case: Case) -> Work:
     M, N, K = case.M, case.N, case.K
-    scales = N * 4 if case.group is None else K // case.group * N * 2
+    scales = N * 4 if case.group is None else K // case.group * N * 2 * (1 + case.zeros)
     # int8 is what an int8 product multiplies: of those there is nothing to dequantise.
     copy = N * K * 2 if case.activations == "float" else None
     return Work(2 * M * N * K, N * K + (M * K + M * N) * 2 + scales, copy)
@@ -105,7 +121,15 @@ def work(case: Case) -> Work:
 def problem_of(case: Case) -> tiling.Problem:
     groups, scale = (1, "float32") if case.group is None else (case.K // case.group, case.dtype)
     return tiling.Problem(
-        case.M, case.N, case.K, groups, 8, jnp.dtype(case.dtype), jnp.dtype(scale), False, "int"
+        case.M,
+        case.N,
+        case.K,
+        groups,
+        8,
+        jnp.dtype(case.dtype),
+        jnp.dtype(scale),
+        case.zeros,
+        "int",
     )
 
 

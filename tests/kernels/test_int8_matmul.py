@@ -115,3 +115,22 @@ def test_wrong_groups_are_named(rows):
     f = lambda x, w, s: unchecked(int8_grouped_matmul)(x, w, s, device=CPU)
     with pytest.raises(ValueError, match=f"scale_GN has {rows} rows"):
         jax.eval_shape(f, RIGHT["x_MK"], RIGHT["w_NK"], SHAPE((rows, 128), jnp.float32))
+
+
+def test_a_zero_of_another_shape_is_named():
+    f = lambda x, w, s, z: unchecked(int8_grouped_matmul)(x, w, s, z, device=CPU)
+    shapes = (SHAPE((2, 128), jnp.float32), SHAPE((1, 128), jnp.float32))
+    with pytest.raises(ValueError, match="zero_GN has shape"):
+        jax.eval_shape(f, RIGHT["x_MK"], RIGHT["w_NK"], *shapes)
+
+
+def test_unsigned_numbers_less_128_are_the_same_weights(keys):
+    x = jax.random.normal(next(keys), (3, 64))
+    q = jax.random.randint(next(keys), (8, 64), 0, 256)
+    zero = jax.random.randint(next(keys), (2, 8), 0, 256).astype(jnp.float32)
+    scale = jax.random.uniform(next(keys), (2, 8), jnp.float32, 0.5, 1.5)
+    got = int8_grouped_matmul(x, (q - 128).astype(jnp.int8), scale, zero - 128, device=CPU)
+    spread = lambda a: np.repeat(np.asarray(a, np.float64).T, 32, 1)
+    w = (np.asarray(q, np.float64) - spread(zero)) * spread(scale)
+    # float32 sums of 64 products of up to 1e3.
+    np.testing.assert_allclose(got, np.asarray(x, np.float64) @ w.T, 1e-5, 1e-2)

@@ -161,9 +161,9 @@ def _int4_matmul(case: Any, device: Device) -> list[Entrant]:
 
 
 def _int8_matmul(case: Any, device: Device) -> list[Entrant]:
-    def wide(x, w, scale):
+    def wide(x, w, scale, zero=None):
         scale_GN = scale if scale.ndim == 2 else scale[None]
-        return x, int4_matmul.reference.dequantize(w, scale_GN, None, "int").astype(x.dtype)
+        return x, int4_matmul.reference.dequantize(w, scale_GN, zero, "int").astype(x.dtype)
 
     return [*dots(device, wide), reference("int8_matmul", case)]
 
