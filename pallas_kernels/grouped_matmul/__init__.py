@@ -5,7 +5,8 @@ M rows   E experts   K input features   N output features   G groups of K/G inpu
 Weights are [E, N, K] with K contiguous, as checkpoints store them. By their dtype:
 
     float       that of x: multiplied as they are
-    int8        w * scale_EN, a scale for each output channel
+    int8        w * scale_EN, a scale for each output channel; or w * scale_EGN or
+                (w - zero_EGN) * scale_EGN, in groups as uint4
     int4        w * scale_EGN, a scale for each group of 32, 64, 128 or all of K; where `grid` is
                 "e2m1", w stands for a 4-bit float's half steps (MXFP4), see pallas_kernels/grids
     uint4       (w - zero_EGN) * scale_EGN

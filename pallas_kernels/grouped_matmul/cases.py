@@ -27,7 +27,8 @@ class Case(NamedTuple):
     K: int
     N: int
     weights: str = "float"  # or a dtype: int8, int4, uint4; or fp8_tensor, fp8_channel, fp8_block
-    group: int = 0  # of int4 and uint4; 0: all of K
+    group: int = 0  # of integers; 0: all of K
+    zeros: bool = False  # of int8 in groups, as uint4 always has
     grid: Grid = "int"
     padding: int = 0  # rows past the last expert's
     dtype: Any = BF16
@@ -65,6 +66,10 @@ CASES = (
     Case("quarters", (7, 32, 65), K=128, N=128, tiles=_gpu(64, 128, 1, 64, 2, 8, 2)),
     Case("int8", RAGGED, K=192, N=128, weights="int8", tiles=_gpu(16, 64, 2, 128, 2, 8, 2)),
     Case("int8_f32_scale", (3, 6), K=128, N=64, weights="int8", scale_dtype=F32),
+    Case("int8_32", RAGGED, K=192, N=72, weights="int8", group=32, padding=3),
+    Case("int8_32_zeros", (3, 0, 6), K=128, N=128, weights="int8", group=32, zeros=True),
+    Case("int8_64_zeros_f16_of_a_stack", (3, 6), K=128, N=64, weights="int8", group=64, zeros=True,
+         dtype=F16, layers=2),
     Case("int4_128", RAGGED, K=256, N=64, weights="int4", group=128,
          tiles=_gpu(16, 64, 1, 128, 2, 8, 2)),
     Case("int4_all", (3, 6), K=192, N=64, weights="int4", tiles=_gpu(16, 64, 1, 64, 2, 8, 1)),
@@ -94,6 +99,8 @@ MODEL_CASES = (
     *_model("qwen3_up_int4", (64, 16384), 128, 2048, 1536, **INT4),
     *_model("qwen3_up_int4_of_4", (512,), 128, 2048, 1536, layers=4, **INT4),
     *_model("qwen3_up_int8", (64, 16384), 128, 2048, 1536, weights="int8"),
+    *_model("qwen3_up_int8_32", (64, 16384), 128, 2048, 1536, weights="int8", group=32),
+    *_model("qwen3_up_q5", (64, 16384), 128, 2048, 1536, weights="int8", group=32, zeros=True),
     *_model("deepseek_up", (256, 16384), 32, 7168, 4096, weights="fp8_block"),
     *_model("deepseek_down", (16384,), 32, 2048, 7168, weights="fp8_block"),
     *_model("gpt_oss_up", (32, 8192), 128, 2880, 5760),
@@ -130,16 +137,16 @@ def inputs(case: Case, key: jax.Array, impl: Impl) -> tuple:
         w = jax.random.normal(kw, (*E, N, K), BF16).astype(jnp.float8_e4m3fn)
         shape = {"tensor": (), "channel": (N,), "block": (-(-N // BLOCK), -(-K // BLOCK))}
         return x, w, sizes, uniform(*E, *shape[case.weights.removeprefix("fp8_")]), None
-    if case.weights == "int8":
+    if case.weights == "int8" and not case.group:
         w = jax.random.randint(kw, (*E, N, K), -128, 128, jnp.int8)
         return x, w, sizes, uniform(*E, N).astype(scale_dtype), None
     G = K // case.group if case.group else 1
-    lowest = {"int": -8, "e2m1": -7}[case.grid] if case.weights == "int4" else 0
-    highest = 7 if case.weights == "int4" else 15
-    w = jax.random.randint(kw, (*E, N, K), lowest, highest + 1, jnp.int8)
+    ranges = {"int4": (-7 if case.grid == "e2m1" else -8, 8), "uint4": (0, 16), "int8": (-128, 128)}
+    w = jax.random.randint(kw, (*E, N, K), *ranges[case.weights], jnp.int8)
     zero = None
-    if case.weights == "uint4":
-        zero = jax.random.randint(kz, (*E, G, N), 0, 16, jnp.int8).astype(scale_dtype)
+    if case.zeros or case.weights == "uint4":
+        zero = jax.random.randint(kz, (*E, G, N), *ranges[case.weights], jnp.int8)
+        zero = zero.astype(scale_dtype)
     return x, w.astype(case.weights), sizes, uniform(*E, G, N).astype(scale_dtype), zero
 
 

@@ -69,7 +69,7 @@ def matmul(
         x_MK, token_MG = quantize_tokens(x_MK, BLOCK if form.kind == "fp8_block" else K)
         # Transposed, a tile's scales of a step are a row. TMA asks for rows of whole 16 bytes.
         token_GM = jnp.pad(token_MG.T, ((0, 0), (0, pad)))
-    if zero is not None:  # only signed integers widen fast: read as such, q ^ 8 is q - 8
+    if w_ENK.dtype == jnp.uint4:  # only signed integers widen fast: read as such, q ^ 8 is q - 8
         w_ENK = lax.bitcast_convert_type(w_ENK, jnp.int4)
     operands = {
         "x": jnp.pad(x_MK, ((0, pad), (0, 0))) if pad else x_MK,
@@ -126,7 +126,7 @@ def _scratch(form: Form, tiles: Tiles, operands, dtype, interpret) -> dict[str, 
         "w": plgpu.SMEM((T.stages, width, T.depth), w, transforms=swizzled(w, columns)),
         "y": plgpu.SMEM((T.warpgroups, T.rows, OUT), dtype, transforms=(rows_of_128_bytes,)),
     }
-    if form.kind == "int4":
+    if form.in_groups:
         for name in ("scale", "zero"):
             if name in operands:
                 shape = (T.stages, groups_of_step(form, T), width)
@@ -146,7 +146,7 @@ def _scratch(form: Form, tiles: Tiles, operands, dtype, interpret) -> dict[str, 
     if vectors and not form.scales_vary_over_k:
         scratch["tile_full"] = plgpu.Barrier(num_arrivals=len(vectors))
         scratch["tile_free"] = plgpu.Barrier(num_arrivals=T.warpgroups)
-    if interpret and form.kind in ("int8", "int4"):
+    if interpret and (form.kind == "int8" or form.in_groups):
         shape = (T.warpgroups, T.cols, min(form.group, T.depth))
         scratch["detour"] = plgpu.SMEM(shape, dtype)
     return scratch

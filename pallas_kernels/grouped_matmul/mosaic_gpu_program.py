@@ -136,7 +136,7 @@ class Program(NamedTuple):
         inner, cols = pl.ds(k * T.depth, T.depth), pl.ds(tile.col, T.cols * T.warpgroups)
         yield g["w"].at[tile.expert, cols, inner], s["w"].at[now]
         yield g["x"].at[pl.ds(tile.row, rows), inner], s["x"].at[now, :rows]
-        if self.form.kind == "int4":
+        if self.form.in_groups:
             first = lax.div(k * T.depth, jnp.int32(self.form.group))
             groups = pl.ds(first, groups_of_step(self.form, T))
             for name in ("scale", "zero"):
@@ -159,6 +159,7 @@ class Program(NamedTuple):
         sum_of = {
             "int8": self.sum_from_registers,
             "int4": self.sum_of_groups,
+            "int8_groups": self.sum_of_groups,
             "fp8_block": self.sum_of_blocks,
         }.get(self.form.kind, self.sum_from_smem)
 
@@ -221,7 +222,7 @@ class Program(NamedTuple):
         return pl.run_scoped(run, ACC((self.tiles.cols, rows), jnp.float32))
 
     def sum_of_groups(self, g, s, tile: Tile, before, wg, mine, rows: int):
-        """The same for int4: each group's product is scaled in float32 and then added."""
+        """The same for integers in groups: each product is scaled in float32 and then added."""
         shape = (self.tiles.cols, rows)
         group = min(self.form.group, self.tiles.depth)
         groups = self.tiles.depth // group
@@ -263,7 +264,7 @@ class Program(NamedTuple):
 
     def widened(self, s, packed):
         """In x's dtype, which holds them exactly, laid out for wgmma; uint4 less 8."""
-        if "zero" in s:
+        if "zero" in s and self.form.kind == "int4":
             packed ^= jnp.asarray(-8, packed.dtype)
         w_nK = plgpu.layout_cast(packed, plgpu.Layout.WGMMA).astype(jnp.bfloat16)
         w_nK = values_by_bits(w_nK, self.form.grid)
@@ -275,8 +276,9 @@ class Program(NamedTuple):
         if "zero" not in s:
             return w_nk
         zero_n = plgpu.load(s["zero"].at[now, i, mine], layout=ROW)
-        zero_n = (zero_n - jnp.asarray(8, zero_n.dtype)).astype(w_nk.dtype)
-        return w_nk - lax.broadcast_in_dim(zero_n, w_nk.shape, [0])
+        if self.form.kind == "int4":
+            zero_n -= jnp.asarray(8, zero_n.dtype)
+        return w_nk - lax.broadcast_in_dim(zero_n.astype(w_nk.dtype), w_nk.shape, [0])
 
     def multiply(self, sum_ref, w_nk, s, step, wg, i: int, rows: int) -> None:
         """Starts sum_ref += w_nk times the i-th share of a step's rows."""

@@ -32,15 +32,15 @@ def choose_tiles(x_MK, w_ENK, E: int, scale, zero, form: Form, device: Device) -
     many = rows >= 64
     cols = 128 if form.kind == "float" and many and N >= 256 else 64
     warpgroups = 2 if N >= 2 * cols else 1
-    if form.kind in ("int8", "int4") and not many and N >= 4 * cols:
+    if (form.kind == "int8" or form.in_groups) and not many and N >= 4 * cols:
         warpgroups = 4  # one widens while others multiply
-    if form.kind == "int4" and form.group < 128 and many:
+    if form.in_groups and form.group < 128 and many:
         depth = 64  # fewer registers of weights
     else:
         depth = 64 if form.kind == "float" and many else 128
     tiles = Tiles(rows, cols, warpgroups, depth, 1, 8)
     free = device.scratch_bytes - warpgroups * rows * OUT * x_MK.dtype.itemsize
-    free -= SMALL_BYTES[form.kind not in ("float", "int4")]
+    free -= SMALL_BYTES[form.kind != "float" and not form.in_groups]
     return tiles._replace(stages=min(free // _stage_bytes(form, tiles, w_ENK, scale, zero), 8))
 
 
@@ -55,7 +55,7 @@ def _stage_bytes(form: Form, tiles: Tiles, w_ENK, scale, zero) -> int:
     width = tiles.cols * tiles.warpgroups
     per_k = width * jax.dtypes.itemsize_bits(w_ENK.dtype) // 8
     total = tiles.depth * (per_k + tiles.rows * (1 if form.is_fp8 else 2))
-    if form.kind == "int4":
+    if form.in_groups:
         vectors = sum(s.dtype.itemsize for s in (scale, zero) if s is not None)
         total += groups_of_step(form, tiles) * width * vectors
     return total + (4 * tiles.rows if form.kind == "fp8_block" else 0)

@@ -206,8 +206,8 @@ def _visit(
 
     @pl.when(has_rows)
     def _():
-        if form.kind == "int4":
-            y = _int4(product, x_ref, scales, form.group)
+        if form.in_groups:
+            y = _groups(product, x_ref, scales, form.group)
         elif form.kind == "fp8_block":
             token_ref, scale_ref = scales
             y = _fp8_blocks(product, x_ref, token_ref, scale_ref, n, cols)
@@ -244,7 +244,7 @@ def _fp8_blocks(product, x_ref, token_ref, scale_ref, n, cols: int):
     return total
 
 
-def _int4(product, x_ref, scales, group: int):
+def _groups(product, x_ref, scales, group: int):
     rows, K = x_ref.shape
     scale_ref, *zero_ref = scales
     total = jnp.zeros((rows, scale_ref.shape[2]), jnp.float32)

@@ -9,9 +9,9 @@ from pallas_kernels.grids import GRIDS, Grid
 from pallas_kernels.tuning import key, up_to
 
 BLOCK = 128  # of N and of K, under one scale of block e4m3
-GROUPS = (32, 64, 128)  # of K under one int4 scale; or all of K
+GROUPS = (32, 64, 128)  # of K under one scale of an integer; or all of K
 
-Kind = Literal["float", "int8", "int4", "fp8_tensor", "fp8_channel", "fp8_block"]
+Kind = Literal["float", "int8", "int8_groups", "int4", "fp8_tensor", "fp8_channel", "fp8_block"]
 
 
 class Form(NamedTuple):
@@ -24,8 +24,12 @@ class Form(NamedTuple):
         return self.kind.startswith("fp8")
 
     @property
+    def in_groups(self) -> bool:
+        return self.kind in ("int4", "int8_groups")
+
+    @property
     def scales_vary_over_k(self) -> bool:
-        return self.kind in ("int4", "fp8_block")
+        return self.in_groups or self.kind == "fp8_block"
 
 
 def tuning_key(x_MK, w_ENK, E: int, scale, form: Form) -> str:
@@ -43,8 +47,8 @@ def form_of(x_MK, w_ENK, scale, zero, grid: Grid = "int") -> Form:
     E, N, K = w_ENK.shape
     name = w_ENK.dtype.name
     checks.check_one_of("grid", grid, GRIDS if name == "int4" else ("int",))
-    if name != "uint4" and zero is not None:
-        raise ValueError(f"zero is given, but w_ENK is {name}; only uint4 has zeros")
+    if zero is not None and (name not in ("uint4", "int8") or scale is None or scale.ndim != 3):
+        raise ValueError(f"zero is given, but w_ENK is {name}; only uint4 and int8 in groups have")
     if w_ENK.dtype == x_MK.dtype:
         if scale is not None:
             raise ValueError(f"scale is given, but w_ENK is {name}; it has none")
@@ -65,7 +69,7 @@ def form_of(x_MK, w_ENK, scale, zero, grid: Grid = "int") -> Form:
         checks.check_shape("scale", scale, shape, why=f"w_ENK is {tuple(w_ENK.shape)}")
         return Form(kind, group)
     checks.check_dtype("scale", scale, dict.fromkeys((x_MK.dtype.name, "float32")))
-    if name == "int8":
+    if name == "int8" and scale.ndim == 2:
         checks.check_shape("scale", scale, (E, N), why="one for each output channel")
         return Form("int8", K)
     checks.check_rank("scale", scale, 3)
@@ -73,9 +77,9 @@ def form_of(x_MK, w_ENK, scale, zero, grid: Grid = "int") -> Form:
     checks.check_shape("scale", scale, (E, G, N), why="groups of K before output channels")
     if G == 0 or K % G or K // G not in (*GROUPS, K):
         raise ValueError(f"scale has {G} groups for K = {K}; K/G must be 32, 64, 128 or K")
-    if (name == "uint4") != (zero is not None):
-        raise ValueError(f"zero is {None if zero is None else 'given'}; uint4 weights need one")
+    if name == "uint4" and zero is None:
+        raise ValueError("zero is None; uint4 weights need one")
     if zero is not None:
         checks.check_shape("zero", zero, (E, G, N), why="every scale has a zero")
         checks.check_dtype("zero", zero, (scale.dtype,))
-    return Form("int4", K // G, grid)
+    return Form("int8_groups" if name == "int8" else "int4", K // G, grid)
