@@ -3,7 +3,7 @@
 M tokens   K inputs   N outputs   G groups of K under one scale   L layers of stacked weights
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float8e4m3fn, Int
@@ -24,9 +24,12 @@ from pallas_kernels.tuning import key, tuned, up_to
 __all__ = ["choose", "fp8_matmul", "quantize_tokens"]
 
 Tiles = mosaic_gpu.Tiles | DecodeTiles | mosaic_tpu.Tiles
+Activations = Literal["e4m3", "float"]
 
 
-def choose(device: Device, *, N: int, K: int, blocks: bool) -> Impl:
+def choose(
+    device: Device, *, N: int, K: int, blocks: bool, activations: Activations = "e4m3"
+) -> Impl:
     """What runs [N, K] weights there; `blocks` says that they have 128x128 scales.
 
     The copy engine of a GPU needs K % 16 = 0 and N % 8 = 0; the reference takes the rest, which
@@ -34,7 +37,7 @@ def choose(device: Device, *, N: int, K: int, blocks: bool) -> Impl:
     """
     if device.platform == "cpu":
         return "reference"
-    if not blocks:
+    if not blocks or activations == "float":
         return "xla"
     if device.platform == "cuda" and (K % 16 or N % 8):
         return "reference"
@@ -47,6 +50,7 @@ def fp8_matmul(
     w_scale: Float[Array, "..."],
     *,
     x_scale: Float[Array, "*L"] | None = None,
+    activations: Activations = "e4m3",
     layer: int | Int[Array, ""] | None = None,
     device: Device,
     impl: Impl | None = None,
@@ -55,6 +59,10 @@ def fp8_matmul(
 ) -> Float[Array, "M N"]:
     """x·wᵀ in x's dtype, from x rounded to e4m3 and summed in float32. x is bfloat16 or float16,
     or float32 for the reference.
+
+    With `activations` "float" x is taken as it is, and weights, which stay e4m3 in device memory,
+    are widened by XLA: within the product on TPUs, into a copy of this one matrix on GPUs and,
+    scaled, everywhere under block scales.
 
     `w_scale`, float32, is one of
         []                          of the whole tensor
@@ -69,6 +77,7 @@ def fp8_matmul(
     `tiles` overrides the tile choice of a Mosaic implementation. ValueError names the argument
     that is wrong. A named `impl` never falls back to another.
     """
+    check_one_of("activations", activations, ("e4m3", "float"))
     check_rank("x_MK", x_MK, 2)
     check_rank("w_NK", w_NK, 2 if layer is None else 3)
     (M, K), N = x_MK.shape, w_NK.shape[-2]
@@ -84,6 +93,8 @@ def fp8_matmul(
     check_shape("w_scale", w_scale, (*stack, *shape), why=why)
     if x_scale is not None:
         check_dtype("x_scale", x_scale, ("float32",))
+        if activations == "float":
+            raise ValueError("x_scale is given with activations 'float'; it must be None")
         check_shape("x_scale", x_scale, stack, why="it is one number for the whole tensor")
         if scale_ndim:
             raise ValueError(
@@ -91,14 +102,17 @@ def fp8_matmul(
                 "weights with one scale have activations with one"
             )
     blocks = scale_ndim == 2
-    impl = impl or choose(device, N=N, K=K, blocks=blocks)
-    check_one_of("impl", impl, ("reference", mosaic(device)) if blocks else ("reference", "xla"))
+    impl = impl or choose(device, N=N, K=K, blocks=blocks, activations=activations)
+    by_xla = activations == "float" or not blocks
+    check_one_of("impl", impl, ("reference", "xla" if by_xla else mosaic(device)))
     if impl in ("reference", "xla"):
         if layer is not None:
             w_NK, w_scale = w_NK[layer], w_scale[layer]
             x_scale = None if x_scale is None else x_scale[layer]
-        matmul = reference.matmul if impl == "reference" else xla.matmul
-        return matmul(x_MK, w_NK, w_scale, x_scale)
+        by = reference if impl == "reference" else xla
+        if activations == "float":
+            return by.float_activations(x_MK, w_NK, w_scale)
+        return by.matmul(x_MK, w_NK, w_scale, x_scale)
     check_dtype("x_MK", x_MK, ("bfloat16", "float16"))
     if layer is None:
         w_NK, w_scale = w_NK[None], w_scale[None]

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from pallas_kernels.cases import Work
 from pallas_kernels.devices import Device, Impl
 from pallas_kernels.fp8_matmul import (
+    Activations,
     choose,
     fp8_matmul,
     mosaic_gpu,
@@ -25,6 +26,7 @@ class Case(NamedTuple):
     N: int
     K: int
     scales: Scales = "block"  # "static": of the tensor, and one of x beside it
+    activations: Activations = "e4m3"
     dtype: str = "bfloat16"
     layers: int | None = None  # of a stack, whose last is multiplied by
     # Tiles of the kernels where a small case would not reach a feature by itself.
@@ -62,9 +64,12 @@ CASES = (
     Case("many_of_a_stack", 130, 136, 144, layers=2),
     Case("channel", 20, 96, 200, "channel"),
     Case("channel_of_a_stack", 20, 96, 200, "channel", layers=2),
-    Case("channel_f16", 20, 96, 200, "channel", "float16"),
+    Case("channel_f16", 20, 96, 200, "channel", dtype="float16"),
     Case("tensor", 20, 96, 200, "tensor"),
     Case("static", 20, 96, 200, "static"),
+    Case("channel_float", 20, 96, 200, "channel", "float"),
+    Case("tensor_float_f16_of_a_stack", 3, 96, 200, "tensor", "float", "float16", layers=2),
+    Case("block_float", 20, 200, 272, "block", "float"),
     Case("static_of_a_stack", 20, 96, 200, "static", layers=2),
 )  # fmt: skip
 
@@ -86,6 +91,8 @@ MODEL_CASES = (
     Case("llama3_8b_up_16", 16, 14336, 4096, "channel"),
     Case("llama3_8b_down_2048_of_8", 2048, 4096, 14336, layers=8),
     Case("llama3_8b_down_2048", 2048, 4096, 14336, "channel"),
+    Case("llama3_8b_up_16_float_of_32", 16, 14336, 4096, "channel", "float", layers=32),
+    Case("llama3_8b_down_2048_float", 2048, 4096, 14336, "channel", "float"),
     Case("llama3_8b_down_64_static", 64, 4096, 14336, "static"),
 )
 
@@ -113,7 +120,7 @@ def call(case: Case, impl: Impl, device: Device, *, interpret=False, tiles=None)
 
     def run(x_MK, w_NK, w_scale, x_scale=None):
         return fp8_matmul(
-            x_MK, w_NK, w_scale, x_scale=x_scale, layer=layer,
+            x_MK, w_NK, w_scale, x_scale=x_scale, activations=case.activations, layer=layer,
             device=device, impl=impl, interpret=interpret, tiles=tiles,
         )  # fmt: skip
 
@@ -121,7 +128,8 @@ def call(case: Case, impl: Impl, device: Device, *, interpret=False, tiles=None)
 
 
 def impls(case: Case, device: Device) -> tuple[Impl, ...]:
-    return (choose(device, N=case.N, K=case.K, blocks=case.scales == "block"),)
+    blocks = case.scales == "block"
+    return (choose(device, N=case.N, K=case.K, blocks=blocks, activations=case.activations),)
 
 
 def tuning_key(case: Case, device: Device) -> str:

@@ -45,11 +45,25 @@ def quantize(x_MK, w_scale, x_scale):
     return q_MK, x_scale.reshape(1, 1)
 
 
+def dequantize(w_NK, w_scale):
+    """In float32."""
+    N, K = w_NK.shape
+    if w_scale.ndim == 2:
+        w_scale = jnp.repeat(jnp.repeat(w_scale, BLOCK, 0)[:N], BLOCK, 1)[:, :K]
+    else:
+        w_scale = w_scale.reshape(-1, 1)
+    return w_NK.astype(jnp.float32) * w_scale
+
+
 def matmul(x_MK, w_NK, w_scale, x_scale):
     q_MK, scale_MG = quantize(x_MK, w_scale, x_scale)
-    q_MK, w_NK = q_MK.astype(jnp.float32), w_NK.astype(jnp.float32)
-    (N, K) = w_NK.shape
+    q_MK = q_MK.astype(jnp.float32)
     if w_scale.ndim == 2:
-        w_NK = w_NK * jnp.repeat(jnp.repeat(w_scale, BLOCK, 0)[:N], BLOCK, 1)[:, :K]
-        return (q_MK * jnp.repeat(scale_MG, BLOCK, 1)[:, :K] @ w_NK.T).astype(x_MK.dtype)
-    return (q_MK @ w_NK.T * scale_MG * w_scale.reshape(1, -1)).astype(x_MK.dtype)
+        x_MK_ = q_MK * jnp.repeat(scale_MG, BLOCK, 1)[:, : x_MK.shape[1]]
+        return (x_MK_ @ dequantize(w_NK, w_scale).T).astype(x_MK.dtype)
+    y_MN = q_MK @ w_NK.astype(jnp.float32).T * scale_MG * w_scale.reshape(1, -1)
+    return y_MN.astype(x_MK.dtype)
+
+
+def float_activations(x_MK, w_NK, w_scale):
+    return (x_MK.astype(jnp.float32) @ dequantize(w_NK, w_scale).T).astype(x_MK.dtype)

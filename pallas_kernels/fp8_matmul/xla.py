@@ -8,12 +8,21 @@ Where a chip has no fp8 matrix unit, XLA widens tiles of the weights inside the 
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.fp8_matmul.reference import quantize
+from pallas_kernels.fp8_matmul.reference import dequantize, quantize
 
 
 def matmul(x_MK, w_NK, w_scale, x_scale):
     q_MK, scale_MG = quantize(x_MK, w_scale, x_scale)
-    y_MN = lax.dot_general(
-        q_MK, w_NK, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
-    )  # fmt: skip
-    return (y_MN * scale_MG * w_scale.reshape(1, -1)).astype(x_MK.dtype)
+    return (_dot(q_MK, w_NK) * scale_MG * w_scale.reshape(1, -1)).astype(x_MK.dtype)
+
+
+def float_activations(x_MK, w_NK, w_scale):
+    """x's dtype holds every e4m3 number, so that its product needs no scaled weights."""
+    if w_scale.ndim == 2:
+        return _dot(x_MK, dequantize(w_NK, w_scale).astype(x_MK.dtype)).astype(x_MK.dtype)
+    return (_dot(x_MK, w_NK.astype(x_MK.dtype)) * w_scale.reshape(1, -1)).astype(x_MK.dtype)
+
+
+def _dot(a_MK, b_NK):
+    contract_last = (((1,), (1,)), ((), ()))
+    return lax.dot_general(a_MK, b_NK, contract_last, preferred_element_type=jnp.float32)

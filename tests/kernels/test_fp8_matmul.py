@@ -20,8 +20,8 @@ from tests.kernels.harness import GPU as INTERPRET_GPU
 from tests.kernels.harness import assert_close, check_case
 
 CPU, GPU, TPU = DEVICES["cpu"], DEVICES["h200"], DEVICES["v6e"]
-BLOCKED = [c for c in cases.CASES if c.scales == "block"]
-PLAIN = [c for c in cases.CASES if c.scales != "block"]
+BLOCKED = [c for c in cases.CASES if cases.impls(c, GPU) != ("xla",)]
+PLAIN = [c for c in cases.CASES if cases.impls(c, GPU) == ("xla",)]
 name = lambda case: case.name
 
 
@@ -79,6 +79,18 @@ def test_a_static_scale_clips_what_e4m3_cannot_hold():
     assert (y_MN == 448).all()
 
 
+@pytest.mark.parametrize("shape", [(), (136,), (2, 2)], ids=str)
+def test_float_activations_are_not_rounded(shape, keys):
+    x_MK = jax.random.normal(next(keys), (3, 256))
+    w_NK = jax.random.normal(next(keys), (136, 256)).astype(jnp.float8_e4m3fn)
+    scale = jax.random.uniform(next(keys), shape, minval=0.5, maxval=1.5)
+    y_MN = fp8_matmul(x_MK, w_NK, scale, activations="float", device=CPU)
+    s = np.asarray(scale)
+    s = s.repeat(128, 0)[:136].repeat(128, 1) if s.ndim == 2 else s.reshape(-1, 1)
+    want = np.asarray(x_MK, np.float64) @ (np.asarray(w_NK, np.float64) * s).T
+    np.testing.assert_allclose(y_MN, want, rtol=1e-5, atol=1e-4)
+
+
 def test_block_scales_equal_a_product_by_hand(keys):
     """The definition, spelt out by numpy in float64 over blocks."""
     M, N, K = 3, 200, 300
@@ -101,6 +113,8 @@ def test_the_choice_names_what_each_device_runs():
     assert at(GPU) == "mosaic_gpu"
     assert at(TPU) == "mosaic_tpu"
     assert at(GPU, blocks=False) == at(TPU, blocks=False) == "xla"
+    assert at(CPU, activations="float") == "reference"
+    assert at(GPU, activations="float") == at(TPU, activations="float") == "xla"
     assert at(GPU, K=4104) == at(GPU, N=4100) == "reference"
 
 
@@ -131,6 +145,16 @@ REFUSED = {
     "w_scale.ndim is 3": {"w_scale": jnp.ones((2, 2, 1), jnp.float32)},
     "x_scale is bfloat16": {"x_scale": jnp.bfloat16(1), "w_scale": jnp.float32(1)},
     "x_scale is given with w_scale": {"x_scale": jnp.float32(1)},
+    "x_scale is given with activations": {
+        "x_scale": jnp.float32(1),
+        "w_scale": jnp.float32(1),
+        "activations": "float",
+    },
+    "impl is 'mosaic_gpu'; it must be one of 'reference', 'xla'": {
+        "impl": "mosaic_gpu",
+        "device": GPU,
+        "activations": "float",
+    },
     "impl is 'cudnn'": {"impl": "cudnn"},
     "impl is 'mosaic_tpu'": {"impl": "mosaic_tpu", "device": GPU},
     "impl is 'xla'": {"impl": "xla", "device": GPU},

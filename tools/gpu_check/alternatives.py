@@ -173,16 +173,14 @@ def _fp8_matmul(case: Any, device: Device) -> list[Entrant]:
 
     def wide(x, w, w_scale, x_scale=None):
         """Both operands as the product sees them, in x's dtype."""
-        (M, K), N = x.shape, w.shape[0]
+        w_wide = definition.dequantize(w, w_scale).astype(x.dtype)
+        if case.activations == "float":
+            return x, w_wide
         q, scale_MG = definition.quantize(x, w_scale, x_scale)
-        by_block = w_scale.ndim == 2
-        if by_block:
-            scale_MG = jnp.repeat(scale_MG, definition.BLOCK, 1)[:, :K]
-            w_scale = jnp.repeat(jnp.repeat(w_scale, definition.BLOCK, 0)[:N], definition.BLOCK, 1)
-            w_scale = w_scale[:, :K]
-        w_scale = jnp.broadcast_to(w_scale if by_block else w_scale.reshape(-1, 1), w.shape)
-        x_wide = q.astype(jnp.float32) * jnp.broadcast_to(scale_MG, (M, K))
-        return x_wide.astype(x.dtype), (w.astype(jnp.float32) * w_scale).astype(x.dtype)
+        if w_scale.ndim == 2:
+            scale_MG = jnp.repeat(scale_MG, definition.BLOCK, 1)[:, : x.shape[1]]
+        x_wide = q.astype(jnp.float32) * jnp.broadcast_to(scale_MG, x.shape)
+        return x_wide.astype(x.dtype), w_wide
 
     def narrow(x, w, w_scale, x_scale=None):
         return definition.quantize(x, w_scale, x_scale)[0], w
@@ -190,9 +188,12 @@ def _fp8_matmul(case: Any, device: Device) -> list[Entrant]:
     def unscaled(q, w):
         return jnp.einsum("MK,NK->MN", q, w, preferred_element_type=jnp.bfloat16)
 
+    fused = Entrant("XLA, dequantise and dot", lambda *args: dot(*wide(*args)))
+    if case.activations == "float":
+        return [*dots(device, wide), fused]
     return [
         *dots(device, wide),
-        Entrant("XLA, dequantise and dot", lambda *args: dot(*wide(*args))),
+        fused,
         Entrant("fp8 product without scales, XLA", unscaled, prepare=narrow, same=False),
     ]
 

@@ -95,7 +95,7 @@ def _time_case(job: Job, op: str, case: Any, definition: tuple, entrants: list) 
 def eight_bit(op: str, case: Any) -> bool:
     """Whether both operands of its products have 8 bits: they run at twice the bf16 rate."""
     return (
-        op == "fp8_matmul"
+        (op == "fp8_matmul" and case.activations == "e4m3")
         or (op == "int8_matmul" and case.activations == "int8")
         or (op == "grouped_matmul" and case.weights.startswith("fp8"))
     )
