@@ -7,8 +7,9 @@ Weights are [E, N, K] with K contiguous, as checkpoints store them. By their dty
     float       that of x: multiplied as they are
     int8        w * scale_EN, a scale for each output channel; or w * scale_EGN or
                 (w - zero_EGN) * scale_EGN, in groups as uint4
-    int4        w * scale_EGN, a scale for each group of 32, 64, 128 or all of K; where `grid` is
-                "e2m1", w stands for a 4-bit float's half steps (MXFP4), see pallas_kernels/grids
+    int4        w * scale_EGN, a scale for each group of 16, 32, 64, 128 or all of K; with `grid`
+                "e2m1" for what w stands for, the half steps of a 4-bit float (MXFP4, NVFP4), see
+                pallas_kernels/grids.py
     uint4       (w - zero_EGN) * scale_EGN
     e4m3        w * scale, with x rounded to e4m3 as fp8_matmul rounds it: a scale for each row
                 with scale_E or scale_EN, for each row's every 128 of K with scale_Enk, whose

@@ -66,6 +66,8 @@ CASES = (
     Case("quarters", (7, 32, 65), K=128, N=128, tiles=_gpu(64, 128, 1, 64, 2, 8, 2)),
     Case("int8", RAGGED, K=192, N=128, weights="int8", tiles=_gpu(16, 64, 2, 128, 2, 8, 2)),
     Case("int8_f32_scale", (3, 6), K=128, N=64, weights="int8", scale_dtype=F32),
+    Case("e2m1_16", RAGGED, K=192, N=72, weights="int4", group=16, grid="e2m1", padding=3),
+    Case("int8_16", (3, 0, 6), K=128, N=128, weights="int8", group=16),
     Case("int8_32", RAGGED, K=192, N=72, weights="int8", group=32, padding=3),
     Case("int8_32_zeros", (3, 0, 6), K=128, N=128, weights="int8", group=32, zeros=True),
     Case("int8_64_zeros_f16_of_a_stack", (3, 6), K=128, N=64, weights="int8", group=64, zeros=True,
@@ -107,6 +109,8 @@ MODEL_CASES = (
     *_model("gpt_oss_up_int4", (32, 8192), 128, 2880, 5760, weights="uint4", group=32),
     *_model("gpt_oss_up_mxfp4", (32, 8192), 128, 2880, 5760, **MXFP4),
     *_model("gpt_oss_down_mxfp4_of_2", (32,), 32, 2880, 2880, layers=2, **MXFP4),
+    *_model("qwen3_up_nvfp4", (64, 16384), 128, 2048, 1536, **MXFP4 | {"group": 16}),
+    *_model("qwen3_up_q6", (64, 16384), 128, 2048, 1536, weights="int8", group=16),
     *_model("mixtral_up", (4096,), 8, 4096, 28672),
     *_model("mixtral_up_fp8", (4096,), 8, 4096, 28672, weights="fp8_channel"),
 )  # fmt: skip

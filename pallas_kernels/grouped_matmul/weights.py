@@ -9,7 +9,7 @@ from pallas_kernels.grids import GRIDS, Grid
 from pallas_kernels.tuning import key, up_to
 
 BLOCK = 128  # of N and of K, under one scale of block e4m3
-GROUPS = (32, 64, 128)  # of K under one scale of an integer; or all of K
+GROUPS = (16, 32, 64, 128)  # of K under one scale of an integer; or all of K
 
 Kind = Literal["float", "int8", "int8_groups", "int4", "fp8_tensor", "fp8_channel", "fp8_block"]
 
@@ -76,7 +76,7 @@ def form_of(x_MK, w_ENK, scale, zero, grid: Grid = "int") -> Form:
     G = scale.shape[1]
     checks.check_shape("scale", scale, (E, G, N), why="groups of K before output channels")
     if G == 0 or K % G or K // G not in (*GROUPS, K):
-        raise ValueError(f"scale has {G} groups for K = {K}; K/G must be 32, 64, 128 or K")
+        raise ValueError(f"scale has {G} groups for K = {K}; K/G must be 16, 32, 64, 128 or K")
     if name == "uint4" and zero is None:
         raise ValueError("zero is None; uint4 weights need one")
     if zero is not None:

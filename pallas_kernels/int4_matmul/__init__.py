@@ -15,7 +15,7 @@ from pallas_kernels.devices import Device, Impl, mosaic
 from pallas_kernels.grids import GRIDS, Grid
 from pallas_kernels.int4_matmul import mosaic_gpu, mosaic_tpu, reference
 
-GROUPS = (32, 64, 128)  # or all of K, a scale per output channel
+GROUPS = (16, 32, 64, 128)  # or all of K, a scale per output channel
 IMPLS: tuple[Impl, ...] = ("reference", "mosaic_gpu", "mosaic_tpu")
 NARROW = ("bfloat16", "float16")
 FLOATS = {"reference": (*NARROW, "float32"), "mosaic_gpu": NARROW, "mosaic_tpu": NARROW}
@@ -43,9 +43,9 @@ def int4_matmul(
 
     x is bfloat16 or float16, or float32 for the reference. w is int4 without zero, or uint4 with
     zero; it stays packed, two in a byte, in device memory. scale has x's dtype or float32, zero
-    has scale's; row g of both belongs to input features [g*K/G, (g+1)*K/G), K/G being 32, 64, 128
-    or K. With `grid` "e2m1" an int4 stands for a 4-bit float's half steps (see grids.py), and the
-    scale is half of what a float's would be. Other dtypes, ranks and sizes are a ValueError.
+    has scale's; row g of both belongs to input features [g*K/G, (g+1)*K/G), K/G being 16, 32, 64,
+    128 or K. With `grid` "e2m1" an int4 stands for a 4-bit float's half steps (see grids.py), and
+    the scale is half of what a float's would be. Other dtypes, ranks and sizes are a ValueError.
     `tiles` overrides the kernel's choice.
 
     With a `layer`, w, scale and zero are stacked, [L, N, K] and so on, and a kernel reads that

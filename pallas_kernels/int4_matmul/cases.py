@@ -64,6 +64,11 @@ CASES = (
         "e2m1_scale_first_of_a_stack", 40, 128, 256, 32,
         grid="e2m1", layers=2, gpu_tiles=SCALE_FIRST, tpu_tiles=TPU_SCALE_FIRST,
     ),
+    Case("e2m1_group_16", 11, 128, 256, 16, grid="e2m1", gpu_tiles=ONE),
+    Case(
+        "e2m1_group_16_scale_first_f16", 38, 128, 128, 16, F16, F32,
+        grid="e2m1", gpu_tiles=SCALE_FIRST, tpu_tiles=TPU_SCALE_FIRST,
+    ),
     Case(
         "group_of_two_stages", 16, 64, 256, 128,
         gpu_tiles=Tiles(16, 1, 1, 64, 1, 3, 1, 1, False),
@@ -95,6 +100,8 @@ MODEL_CASES = (
     Case("gpt_oss_20b_down_mxfp4", 16, 2880, 2880, 32, grid="e2m1"),
     Case("llama_8b_down_mxfp4", 16, 4096, 14336, 32, grid="e2m1"),
     Case("llama_8b_gate_up_2048_mxfp4", 2048, 28672, 4096, 32, grid="e2m1"),
+    Case("llama_8b_down_nvfp4", 16, 4096, 14336, 16, grid="e2m1"),
+    Case("llama_8b_gate_up_2048_nvfp4", 2048, 28672, 4096, 16, grid="e2m1"),
     Case("llama_8b_o_per_channel", 16, 4096, 4096, 4096),
 )
 

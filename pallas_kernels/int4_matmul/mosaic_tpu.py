@@ -45,8 +45,8 @@ def choose_tiles(p: Problem) -> Tiles:
     (M, N, K), group = p[:3], p.K // p.G
     few = M <= FEW_TOKENS
     tokens = min(-(-M // SUBLANES) * SUBLANES, 1024)
-    # Of int8 less its zero, 2048 rows and 1024 tokens take more VMEM than some chips give.
-    rows = 1024 if p.bits == 8 and p.zeros and not few else 2048
+    # More rows of int8 less its zero, or in narrow groups, and 1024 tokens do not fit in VMEM.
+    rows = 1024 if p.bits == 8 and (p.zeros or group == 16) and not few else 2048
     # With 8 groups in a block its scales fill whole tiles, and nothing is copied to regroup them.
     units = (8 * group, max(group, LANES)) if group < K else (LANES,)
     unit = next((u for u in units if u <= 1024 and u % LANES == 0 and K % u == 0), LANES)

@@ -40,6 +40,7 @@ CASES = (
     Case("group_32_zeros", 9, 128, 256, "float", 32, zeros=True, gpu_tiles=TWO._replace(tokens=16)),
     Case("group_64_zeros_f16_of_a_stack", 3, 128, 128, "float", 64, zeros=True, dtype=F16, layers=2,
          gpu_tiles=TWO),
+    Case("group_16", 9, 128, 256, "float", 16, gpu_tiles=TWO._replace(tokens=16)),
     Case(
         "group_32_zeros_scale_first", 38, 128, 128, "float", 32, zeros=True,
         gpu_tiles=Tiles(40, 2, 1, 128, 1, 2, 1, 1, False),
@@ -67,6 +68,8 @@ MODEL_CASES = (
     Case("gemma3_27b_down_int8", 256, 5376, 21504, "int8"),
     Case("llama_8b_down_group_128", 16, 4096, 14336, "float", 128),
     Case("llama_8b_down_zeros", 16, 4096, 14336, "float", 32, True),
+    Case("llama_8b_down_q6", 16, 4096, 14336, "float", 16),
+    Case("llama_8b_gate_up_2048_q6", 2048, 28672, 4096, "float", 16),
     Case("llama_8b_gate_up_2048_zeros", 2048, 28672, 4096, "float", 32, True),
     Case("llama_8b_gate_up_2048_group_128", 2048, 28672, 4096, "float", 128),
 )

@@ -134,7 +134,7 @@ BAD = (
     ("scale", INT8 | {"scale": None}),
     ("scale", INT8 | {"scale": S((2, 64), BF16)}),
     ("scale", INT8 | {"scale": S((2, 128), jnp.float16)}),
-    ("scale", INT4 | {"scale": S((2, 16, 128), BF16)}),
+    ("scale", INT4 | {"scale": S((2, 32, 128), BF16)}),
     ("scale", INT4 | {"scale": S((2, 128), BF16)}),
     ("scale", E4M3 | {"scale": S((2, 1, 2), BF16)}),
     ("scale", E4M3 | {"scale": S((2, 2, 2), jnp.float32)}),

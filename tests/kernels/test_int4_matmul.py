@@ -82,7 +82,7 @@ WRONG = {
     "scale_GN is float16": {"scale_GN": SHAPE((2, 128), jnp.float16)},
     "scale_GN has shape": {"scale_GN": SHAPE((2, 64), jnp.bfloat16)},
     "scale_GN has 3 rows": {"scale_GN": SHAPE((3, 128), jnp.bfloat16)},
-    "scale_GN has 16 rows": {"scale_GN": SHAPE((16, 128), jnp.bfloat16)},
+    "scale_GN has 32 rows": {"scale_GN": SHAPE((32, 128), jnp.bfloat16)},
     "zero_GN has shape": {
         "w_NK": SHAPE((128, 256), jnp.uint4), "zero_GN": SHAPE((1, 128), jnp.bfloat16),
     },

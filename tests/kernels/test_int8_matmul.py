@@ -110,7 +110,7 @@ def test_wrong_options_are_named(options, message):
         jax.eval_shape(f, RIGHT)
 
 
-@pytest.mark.parametrize("rows", [3, 16])
+@pytest.mark.parametrize("rows", [3, 32])
 def test_wrong_groups_are_named(rows):
     f = lambda x, w, s: unchecked(int8_grouped_matmul)(x, w, s, device=CPU)
     with pytest.raises(ValueError, match=f"scale_GN has {rows} rows"):
