@@ -2,6 +2,7 @@
 
 `open_checkpoint(folder)` reads config.json alone; the headers of the weight files are read, and
 proven whole, when `.tensors` is first asked for, and tensors one at a time with `read_tensor`.
+Of a GGUF, which has its constants beside its tensors, the header is read at once.
 """
 
 import os
@@ -13,11 +14,14 @@ from typing import Any
 
 import numpy as np
 
+from converters import gguf
 from converters.config import read_generation
 from converters.errors import CheckpointError, read_object
 from converters.families import FAMILIES, parse_config
+from converters.formats.gguf import GGUFTensor, find_gguf, read_gguf, read_gguf_tensor
 from converters.formats.packing import Scheme, check_all_match
-from converters.formats.safetensors import TensorInfo, read_folder, read_tensor
+from converters.formats.safetensors import TensorInfo, read_folder
+from converters.formats.safetensors import read_tensor as read_safetensor
 from converters.multimodal import LeftOut, text_document, text_tensors
 from converters.packed import form_of_rule, packings
 from converters.quantization import BESIDE, KEYS, read_scheme
@@ -123,14 +127,37 @@ class Checkpoint:
             )
 
 
+@dataclass(frozen=True, kw_only=True)
+class GGUFCheckpoint(Checkpoint):
+    """`path` is the file; the tensors have the names of their family."""
+
+    renamed: Mapping[str, TensorInfo]
+
+    @cached_property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        return self.renamed
+
+
+def read_tensor(info: TensorInfo) -> np.ndarray:
+    """`info.shape` and `info.dtype` (of a GGUF's blocks: their bytes), read-only; a view of the
+    file where nothing has to be undone.
+
+    Raises CheckpointError when the file has become shorter or has gone since its header was read.
+    """
+    return read_gguf_tensor(info) if isinstance(info, GGUFTensor) else read_safetensor(info)
+
+
 def open_checkpoint(path: str | Path, *, text_only: bool = False) -> Checkpoint:
     """The checkpoint in the folder `path`: config.json and, where present, generation_config.json.
     With `text_only`, of a model that reads images beside text, its text model alone.
+    Or the GGUF at `path`: the file, the first one of a split model, or a folder of one model.
 
-    Raises CheckpointError when there is no such folder, or its config.json is missing, not
-    understood, or of a family that is not known.
+    Raises CheckpointError when there is no such folder, or its config.json or metadata is missing,
+    not understood, or of a family that is not known.
     """
     folder = Path(path).expanduser()
+    if os.path.exists(folder) and (file := find_gguf(folder)) is not None:
+        return _open_gguf(file)
     if os.path.isfile(folder):
         raise CheckpointError(f"{folder} is a file; give the folder that holds it and config.json")
     if not os.path.isdir(folder):  # unlike Path's, never raises
@@ -182,6 +209,20 @@ def weight_forms(
         if held := packings(rule, scheme):
             forms[rule.target] = form_of_rule(rule, held, where)
     return {target: form for target, form in forms.items() if form is not None}
+
+
+def _open_gguf(path: Path) -> GGUFCheckpoint:
+    file = read_gguf(path)
+    values, tensors = gguf.read_model(file)
+    return GGUFCheckpoint(
+        path=path,
+        document=values,
+        is_part=False,
+        config=parse_config(path, values),
+        generation=gguf.read_generation(file),
+        scheme=None,
+        renamed=tensors,
+    )
 
 
 def parameter_rules(config: ModelConfig, kv_replicas: int = 1) -> tuple[Rule, ...]:

@@ -181,16 +181,20 @@ class Constants:
 
 
 def read_generation(folder: Path, document: Mapping[str, Any]) -> GenerationConfig:
-    """Stop ids and sampling defaults of a checkpoint whose config.json is `document`.
-
-    The stop ids are those of generation_config.json and of config.json together. Temperature,
-    top_k, top_p and min_p are the file's only where it does not say `do_sample: false`.
-    """
+    """Stop ids and sampling defaults of a checkpoint whose config.json is `document`:
+    generation_config.json's, and config.json's stop ids too."""
     config = Constants(str(folder / "config.json"), document)
     path = folder / "generation_config.json"
-    asked = Constants(str(path), read_object(path) if path.is_file() else {})
-    stops = dict.fromkeys([*_token_ids(asked, "eos_token_id"), *_token_ids(config, "eos_token_id")])
-    first = [*_token_ids(asked, "bos_token_id"), *_token_ids(config, "bos_token_id")]
+    return generation(Constants(str(path), read_object(path) if path.is_file() else {}), config)
+
+
+def generation(*files: Constants) -> GenerationConfig:
+    """The stop ids are those of all `files` together, the rest is the first one's. Temperature,
+    top_k, top_p and min_p only where it does not say `do_sample: false`.
+    """
+    asked = files[0]
+    stops = dict.fromkeys(id for file in files for id in _token_ids(file, "eos_token_id"))
+    first = [id for file in files for id in _token_ids(file, "bos_token_id")]
     sampled = Constants(
         asked.where, asked.values if asked.values.get("do_sample") is not False else {}
     )

@@ -95,7 +95,7 @@ def _no_weights(folder: Path) -> str:
     if others:
         return (
             f"{folder} has neither {SINGLE} nor {INDEX}, but {listing(others)}. xlinfer reads "
-            "the layout that transformers' save_pretrained writes."
+            "the layout that transformers' save_pretrained writes, and a GGUF that is named itself."
         )
     if pickles:
         return (

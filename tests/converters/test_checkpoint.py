@@ -89,7 +89,7 @@ def test_generation_configs_that_are_refused(asked, message, tmp_path):
 
 def test_paths_that_are_no_checkpoint(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    file = tmp_path / "model.gguf"
+    file = tmp_path / "model.safetensors"
     file.write_bytes(b"")
     for path, message in {
         "meta-llama/Llama-3.2-1B": "hf download meta-llama/Llama-3.2-1B",
