@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import ml_dtypes
 import numpy as np
 from safetensors.numpy import load_file
 
@@ -122,11 +123,42 @@ def to_gguf(
     for name, array in changed(held, cfg, arch).items():
         known = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert known or name.startswith("rope_"), name
-        if dtype is not None and array.ndim > 1:
+        if array.ndim == 1:
+            array = array.astype(np.float32)
+        elif dtype is not None:
             array = array.astype(dtype)
-        out.add_tensor(known or name, array)
+        if array.dtype == ml_dtypes.bfloat16:  # which the package takes as bytes alone
+            kind = gguf.GGMLQuantizationType.BF16
+            out.add_tensor(known or name, array.view(np.uint8), raw_dtype=kind)
+        else:
+            out.add_tensor(known or name, array)
     out.write_header_to_file()
     out.write_kv_data_to_file()
     out.write_tensors_to_file()
     out.close()
     return path
+
+
+def tokenizer_keys(folder: Path, pre: str = "gpt-2") -> dict[str, Any]:
+    """A byte-level BPE tokenizer.json, its special tokens and its chat template, for to_gguf."""
+    document = json.loads((folder / "tokenizer.json").read_text())
+    named = json.loads((folder / "tokenizer_config.json").read_text())
+    vocabulary = dict(document["model"]["vocab"])
+    kinds = dict.fromkeys(vocabulary.values(), gguf.TokenType.NORMAL)
+    for token in document["added_tokens"]:
+        vocabulary[token["content"]] = token["id"]
+        kinds[token["id"]] = (
+            gguf.TokenType.CONTROL if token["special"] else gguf.TokenType.USER_DEFINED
+        )
+    tokens = sorted(vocabulary, key=vocabulary.__getitem__)
+    return {
+        "tokenizer_model": "gpt2",
+        "tokenizer_pre": pre,
+        "token_list": tokens,
+        "token_types": [kinds[vocabulary[token]] for token in tokens],
+        "token_merges": [" ".join(merge) for merge in document["model"]["merges"]],
+        "bos_token_id": vocabulary[named["bos_token"]],
+        "eos_token_id": vocabulary[named["eos_token"]],
+        "add_bos_token": False,
+        "chat_template": (folder / "chat_template.jinja").read_text(),
+    }

@@ -180,6 +180,11 @@ def test_help_and_no_traceback():
     assert wrong.returncode == 1 and "Traceback" not in wrong.stderr
 
 
+def test_a_gguf_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="is a GGUF, which has no"):
+        save_converted(load_model(GOLDENS / "llama"), GOLDENS / "gguf-q4_0", tmp_path / "out")
+
+
 def test_other_versions_are_refused(damaged):
     path = damaged / "xlinfer.json"
     manifest = json.loads(path.read_text())

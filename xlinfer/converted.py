@@ -163,6 +163,11 @@ def copy_beside(checkpoint: Checkpoint, directory: Path) -> None:
 
 def refuse_output(source: Path, directory: Path) -> None:
     """Raise CheckpointError unless `source` may be converted into `directory`."""
+    if source.is_file():
+        raise CheckpointError(
+            f"{source} is a GGUF, which has no config.json to keep beside the parameters; convert "
+            "the checkpoint that it was made of"
+        )
     if is_converted(source):
         raise CheckpointError(f"{source} is converted already; convert its source")
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):

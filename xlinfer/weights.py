@@ -61,7 +61,8 @@ def load_model(
     progress: Progress | None = None,
     in_flight_bytes: int = IN_FLIGHT_BYTES,
 ) -> Transformer:
-    """The model in the folder `path`, a Hugging Face checkpoint or one written by xlinfer.convert.
+    """The model in the folder `path`, a Hugging Face checkpoint or one written by xlinfer.convert,
+    or in the GGUF `path`.
 
     Weights that the checkpoint has in few bits stay so. `quantization` int4, int8 or fp8 rounds
     the layers' matrices of one with float weights as each is read. `matmul_impl` is what

@@ -32,7 +32,7 @@ def define() -> flags.FlagValues:
     switch = partial(flags.DEFINE_bool, flag_values=values)
     whole = partial(flags.DEFINE_integer, flag_values=values)
     number = partial(flags.DEFINE_float, flag_values=values)
-    text("model", None, "Checkpoint folder (safetensors). Default: the demo model.")
+    text("model", None, "Checkpoint folder (safetensors), or a GGUF. Default: the demo model.")
     text("tokenizer", None, "Folder to take the tokenizer from. Default: the model's.")
     text("chat_template", None, "Jinja file to use instead of the model's chat template.")
     names(

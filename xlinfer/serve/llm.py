@@ -20,7 +20,7 @@ Prompt = str | Mapping[str, object]
 class LLM:
     """A model, its tokenizer and the engine, for use from one thread.
 
-    `model` is a checkpoint folder; `tokenizer` another folder to take the tokenizer from;
+    `model` is a checkpoint folder or a GGUF; `tokenizer` another folder to take the tokenizer from;
     `artifact` what xlinfer.compile wrote, which may hold the model too. The
     rest is as the server's flags of the same names say; None lets the plan decide. Raises
     ValueError or OSError saying which argument is wrong.

@@ -1,4 +1,5 @@
-"""Text to token ids and back, from a checkpoint's tokenizer.json. Code in it is never run."""
+"""Text to token ids and back, from a checkpoint's tokenizer.json, or a GGUF's metadata. Code in
+either is never run."""
 
 import functools
 import json
@@ -7,8 +8,10 @@ from pathlib import Path
 
 import tokenizers
 
+from converters.formats.gguf import find_gguf
 from xlinfer.request import InvalidRequest
 from xlinfer.serve.chat_template import ChatTemplate
+from xlinfer.serve.gguf_tokenizer import read_gguf_tokenizer
 
 
 class Tokenizer:
@@ -31,10 +34,15 @@ class Tokenizer:
 
     @classmethod
     def open(cls, folder: str | Path, *, chat_template: str | Path | None = None) -> "Tokenizer":
-        """The tokenizer of a checkpoint folder; `chat_template` names a file to use instead of
-        the folder's own template. Raises ValueError saying what is missing or unreadable."""
-        folder = Path(folder)
+        """The tokenizer of a checkpoint folder or a GGUF; `chat_template` names a file to use
+        instead of its own template. Raises ValueError saying what is missing or unreadable."""
+        folder = Path(folder).expanduser()
         path = folder / "tokenizer.json"
+        if not path.is_file() and (gguf := find_gguf(folder)) is not None:
+            held = read_gguf_tokenizer(gguf)
+            source = held.chat_template if chat_template is None else _read_template(chat_template)
+            template = None if source is None else ChatTemplate(source, held.special_tokens)
+            return cls(held.backend, template)
         if not path.is_file():
             raise ValueError(
                 f"{folder} has no tokenizer.json. Make one with transformers: "
@@ -141,14 +149,18 @@ def _token(name: str, value: object) -> str | None:
     return text if isinstance(text, str) else None
 
 
+def _read_template(path: str | Path) -> str:
+    try:
+        return Path(path).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--chat_template={path} cannot be read: {error}") from None
+
+
 def _template_source(folder: Path, config: Mapping, override: str | Path | None) -> str | None:
     """The template: the file asked for, chat_template.jinja, tokenizer_config.json's (a string
     or a list of named ones, of which "default" is meant), or chat_template.json's."""
     if override is not None:
-        try:
-            return Path(override).read_text()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"--chat_template={override} cannot be read: {error}") from None
+        return _read_template(override)
     if (path := folder / "chat_template.jinja").is_file():
         return path.read_text()
     for source in (config, _read_json(folder / "chat_template.json")):
