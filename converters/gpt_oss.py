@@ -49,17 +49,17 @@ HARMLESS = moe.HARMLESS | {"experts_per_token", "initial_context_length"}
 NAMES = {**LLAMA_NAMES, "sinks": f"{LAYER}self_attn.sinks"}
 # Gate and up stand by turns, and inputs come first.
 EXPERTS = (
-    Row("layers.mlp.router_DR", f"{LAYER}mlp.router.weight", "R D -> D R"),
-    Row("layers.mlp.router_bias_R", f"{LAYER}mlp.router.bias", "R -> R"),
+    Row("layers.moe.router_DR", f"{LAYER}mlp.router.weight", "R D -> D R"),
+    Row("layers.moe.router_bias_R", f"{LAYER}mlp.router.bias", "R -> R"),
     Row(
-        "layers.mlp.gate_up_EID", f"{LAYER}mlp.experts.gate_up_proj", "E D (I P) -> E (P I) D",
+        "layers.moe.gate_up_EID", f"{LAYER}mlp.experts.gate_up_proj", "E D (I P) -> E (P I) D",
         inputs="D",
     ),
     Row(
-        "layers.mlp.gate_up_bias_EI", f"{LAYER}mlp.experts.gate_up_proj_bias", "E (I P) -> E (P I)"
+        "layers.moe.gate_up_bias_EI", f"{LAYER}mlp.experts.gate_up_proj_bias", "E (I P) -> E (P I)"
     ),
-    Row("layers.mlp.down_EDI", f"{LAYER}mlp.experts.down_proj", "E I D -> E D I", inputs="I"),
-    Row("layers.mlp.down_bias_ED", f"{LAYER}mlp.experts.down_proj_bias", "E D -> E D"),
+    Row("layers.moe.down_EDI", f"{LAYER}mlp.experts.down_proj", "E I D -> E D I", inputs="I"),
+    Row("layers.moe.down_bias_ED", f"{LAYER}mlp.experts.down_proj_bias", "E D -> E D"),
 )  # fmt: skip
 
 

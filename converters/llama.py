@@ -138,7 +138,7 @@ def _matrices(config: ModelConfig) -> tuple[str, ...]:
     mlp = ("gate", "up", "down") if config.gated_mlp else ("up", "down")
     return (
         *("q", "k", "v", "o"),
-        *(mlp if config.moe is None else ()),
+        *mlp,
         *(() if config.tie_word_embeddings else ("head",)),
     )
 

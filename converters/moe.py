@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from converters.config import Constants
-from converters.errors import CheckpointError, listing
+from converters.errors import CheckpointError
 from converters.llama import LAYER
 from converters.rules import Row
 from xlinfer.config import MoE
@@ -26,15 +26,15 @@ def expert_rows(block: str, gate: str, up: str, down: str) -> tuple[Row, ...]:
     """The router and the experts of the block of that name, whose matrices are named so."""
     expert = f"{LAYER}{block}.experts.{{expert}}."
     return (
-        Row("layers.mlp.router_DR", f"{LAYER}{block}.gate.weight", "R D -> D R"),
+        Row("layers.moe.router_DR", f"{LAYER}{block}.gate.weight", "R D -> D R"),
         Row(
-            "layers.mlp.gate_up_EID",
+            "layers.moe.gate_up_EID",
             f"{expert}{{part}}.weight",
             "I D -> E (P I) D",
             parts=(gate, up),
             inputs="D",
         ),
-        Row("layers.mlp.down_EDI", f"{expert}{down}.weight", "D I -> E D I", inputs="I"),
+        Row("layers.moe.down_EDI", f"{expert}{down}.weight", "D I -> E D I", inputs="I"),
     )
 
 
@@ -42,9 +42,15 @@ QWEN_EXPERTS = expert_rows("mlp", "gate_proj", "up_proj", "down_proj")
 
 
 def read_moe(
-    constants: Constants, *, size: str, norm_topk_prob: bool, shared: int | None, bias: bool
+    constants: Constants,
+    *,
+    size: str,
+    norm_topk_prob: bool,
+    shared: int | None,
+    bias: bool,
+    layers: tuple[int, ...] | None = None,
 ) -> MoE:
-    """`size` is the key that holds the experts' ffw size."""
+    """`size` is the key that holds the experts' ffw size; `layers` None: all have experts."""
     given = [name for name in COUNTS if constants.values.get(name) is not None]
     experts = constants.integer(given[0] if given else COUNTS[0])
     for other in given[1:]:
@@ -59,7 +65,10 @@ def read_moe(
             f"{constants.where}: 'num_experts_per_tok' is {per_token}, but there are {experts} "
             "experts"
         )
+    if layers is None:
+        layers = tuple(range(constants.integer("num_hidden_layers")))
     return MoE(
+        layers=layers,
         num_experts=experts,
         num_experts_per_tok=per_token,
         intermediate_size=constants.integer(size),
@@ -69,22 +78,15 @@ def read_moe(
     )
 
 
-def refuse_dense_layers(constants: Constants) -> None:
-    """Raise CheckpointError where a layer has an MLP in place of experts: all layers are stacked,
-    so all must be alike."""
-    step, chosen = constants.integer("decoder_sparse_step"), constants.values["mlp_only_layers"]
-    layers = constants.integer("num_hidden_layers")
-    if chosen is not None and not (
-        isinstance(chosen, list) and all(type(layer) is int for layer in chosen)
+def sparse_layers(constants: Constants) -> tuple[int, ...]:
+    """Those with experts, of Qwen's families. Raises CheckpointError where the file's are none."""
+    step, dense = constants.integer("decoder_sparse_step"), constants.values["mlp_only_layers"]
+    if dense is not None and not (
+        isinstance(dense, list) and all(type(layer) is int for layer in dense)
     ):
         raise CheckpointError(
-            f"{constants.where}: 'mlp_only_layers' is {chosen!r}; it must be a list of layers or "
+            f"{constants.where}: 'mlp_only_layers' is {dense!r}; it must be a list of layers, or "
             "null"
         )
-    dense = [i for i in range(layers) if i in (chosen or ()) or (i + 1) % step]
-    if dense:
-        raise CheckpointError(
-            f"{constants.where}: mlp_only_layers {chosen} and decoder_sparse_step {step} leave "
-            f"layers {listing([str(i) for i in dense])} without experts; xlinfer computes only "
-            "models whose layers all have them"
-        )
+    layers = range(constants.integer("num_hidden_layers"))
+    return tuple(i for i in layers if i not in (dense or ()) and (i + 1) % step == 0)

@@ -1,5 +1,5 @@
-"""Qwen2-MoE (Qwen1.5-MoE-A2.7B, Qwen2-57B-A14B): Qwen2 with experts in every layer, one of which
-every token passes."""
+"""Qwen2-MoE (Qwen1.5-MoE-A2.7B, Qwen2-57B-A14B): Qwen2 with experts, one of which every token
+passes, in some layers or all."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -33,9 +33,9 @@ FIXED: Mapping[str, tuple[Any, ...]] = {**DECODER_ONLY, "use_sliding_window": (F
 EXPERT_SIZES = ("moe_intermediate_size", "shared_expert_intermediate_size")
 SHARED_EXPERT = f"{LAYER}mlp.shared_expert"
 SHARED = (
-    Row("layers.mlp.shared_gate_D1", f"{LAYER}mlp.shared_expert_gate.weight", "1 D -> D 1"),
+    Row("layers.moe.shared_gate_D1", f"{LAYER}mlp.shared_expert_gate.weight", "1 D -> D 1"),
     *(
-        Row(f"layers.mlp.shared.{target}", f"{SHARED_EXPERT}.{source}.weight", axes, inputs=inputs)
+        Row(f"layers.moe.shared.{target}", f"{SHARED_EXPERT}.{source}.weight", axes, inputs=inputs)
         for target, source, axes, inputs in (
             ("gate_DF", "gate_proj", "S D -> D S", "D"),
             ("up_DF", "up_proj", "S D -> D S", "D"),
@@ -48,7 +48,6 @@ SHARED = (
 def read_qwen2_moe(constants: Constants) -> ModelConfig:
     known = known_keys(SIZES, ROPE_KEYS, moe.KEYS, moe.HARMLESS, EXPERT_SIZES)
     constants = constants.check(known, FIXED, ABSENT)
-    moe.refuse_dense_layers(constants)
     return llama_config(
         constants,
         model_type="qwen2_moe",
@@ -61,6 +60,7 @@ def read_qwen2_moe(constants: Constants) -> ModelConfig:
             norm_topk_prob=constants.flag("norm_topk_prob"),
             shared=constants.integer("shared_expert_intermediate_size"),
             bias=False,
+            layers=moe.sparse_layers(constants),
         ),
     )
 

@@ -1,4 +1,4 @@
-"""Qwen3-MoE (Qwen3-30B-A3B, 235B-A22B): Qwen3 with experts in every layer."""
+"""Qwen3-MoE (Qwen3-30B-A3B, 235B-A22B): Qwen3 with experts in some layers or all."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -33,7 +33,6 @@ FIXED: Mapping[str, tuple[Any, ...]] = {**DECODER_ONLY, "use_sliding_window": (F
 def read_qwen3_moe(constants: Constants) -> ModelConfig:
     known = known_keys(SIZES, ROPE_KEYS, moe.KEYS, moe.HARMLESS, {"moe_intermediate_size"})
     constants = constants.check(known, FIXED, ABSENT)
-    moe.refuse_dense_layers(constants)
     bias = constants.flag("attention_bias")
     return llama_config(
         constants,
@@ -49,6 +48,7 @@ def read_qwen3_moe(constants: Constants) -> ModelConfig:
             norm_topk_prob=constants.flag("norm_topk_prob"),
             shared=None,
             bias=False,
+            layers=moe.sparse_layers(constants),
         ),
     )
 

@@ -19,14 +19,20 @@ each group of query heads before its kv head, q is "(X G|1|1 H)", and k and v ar
 import itertools
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from xlinfer.config import ModelConfig
+from xlinfer.config import LayerKind, ModelConfig
+from xlinfer.stacks import stacks
 
 STACKED = "layers"  # the first name of a target that has sources in each layer
+# The second name of targets that not every layer has.
+ONLY: Mapping[str, Callable[[LayerKind], bool]] = {
+    "mlp": lambda kind: not kind.experts,
+    "moe": lambda kind: kind.experts,
+}
 COUNTED = {"E": "expert", "P": "part"}  # letters that count sources, by their name in `source`
 Axes = tuple[tuple[str, ...], ...]  # one group of letters for each axis
 
@@ -36,7 +42,7 @@ class Row:
     """`source` holds "{layer}" where, and only where, `target` begins with "layers."; "{expert}"
     and "{part}", one of `parts`, where E and P count sources."""
 
-    target: str  # dotted path in the module
+    target: str  # dotted path in the module; of all stacks of layers, without the stack's number
     source: str
     axes: str  # a letter that counts is the first of its axis
     parts: tuple[str, ...] = ()
@@ -71,7 +77,7 @@ class Rule:
     """One parameter: `shape` (layers first where stacked) from `sources`, whose places begin at
     `starts`."""
 
-    target: tuple[str, ...]
+    target: tuple[str | int, ...]  # the path in the module: "layers", then the stack's number
     axes: Axes  # without the layers
     shape: tuple[int, ...]
     sources: tuple[str, ...]
@@ -100,13 +106,29 @@ def expand(rows: Iterable[Row], config: ModelConfig, kv_replicas: int = 1) -> tu
     if (moe := config.moe) is not None:
         sizes |= {"E": moe.num_experts, "R": moe.num_experts, "I": moe.intermediate_size}
         sizes |= {"S": moe.shared_intermediate_size or 0}
-    return tuple(_rule(row, config.num_layers, sizes, kv_replicas) for row in rows)
+    rules, kinds = [], config.kinds
+    for row in rows:
+        first, *rest = row.target.split(".")
+        if first != STACKED:
+            rules.append(_rule(row, (first, *rest), None, sizes, kv_replicas))
+            continue
+        has = ONLY.get(rest[0], lambda kind: True)
+        for number, layers in enumerate(stacks(kinds)):
+            if has(kinds[layers.start]):
+                rules.append(_rule(row, (first, number, *rest), layers, sizes, kv_replicas))
+    return tuple(rules)
 
 
-def _rule(row: Row, layers: int, sizes: Mapping[str, int], kv_replicas: int) -> Rule:
+def _rule(
+    row: Row,
+    target: tuple[str | int, ...],
+    layers: Sequence[int] | None,
+    sizes: Mapping[str, int],
+    kv_replicas: int,
+) -> Rule:
+    """`layers`: of the stack that the target is in."""
     of_source, of_target = row.axes.split(" -> ")
     source_axes, whole_sizes, cut = _pieces(_groups(of_source), row.piece, sizes)
-    path = tuple(row.target.split("."))
     letters = tuple(letter for group in source_axes for letter in group)
     of_n = ("X", "G") if "X" in letters else ("N",)
     axes = tuple(
@@ -126,11 +148,11 @@ def _rule(row: Row, layers: int, sizes: Mapping[str, int], kv_replicas: int) -> 
         COUNTED[letter]: row.parts if letter == "P" else range(repeated[letter])
         for letter in counted
     }
-    if path[0] == STACKED:
-        counts = {"layer": range(layers), **counts}
-        shape, slot, target_axes = (layers, *shape), (1, *slot), ((), *target_axes)
+    if layers is not None:
+        counts = {"layer": layers, **counts}
+        shape, slot, target_axes = (len(layers), *shape), (1, *slot), ((), *target_axes)
     return Rule(
-        target=path,
+        target=target,
         axes=axes,
         shape=shape,
         sources=tuple(

@@ -35,6 +35,7 @@ FAMILIES = (
     "phi3",
     "phi3-longrope",
     "qwen2",
+    "qwen2-moe",
     "qwen3",
     "qwen3-moe",
     "smollm3",
@@ -109,7 +110,7 @@ def tensors(cfg: dict[str, Any], dtype: Any = np.float32, seed: int = 0) -> dict
             shapes[f"{at}.self_attn.{name}_proj.weight"] = (out, into)
             if qkv_bias and (name != "o" or not only_qkv_bias):
                 shapes[f"{at}.self_attn.{name}_proj.bias"] = (out,)
-        if kind in EXPERTS:
+        if has_experts(cfg, layer):
             shapes |= experts(cfg, at)
         else:
             shapes |= mlp(f"{at}.mlp", D, F)
@@ -128,6 +129,15 @@ def tensors(cfg: dict[str, Any], dtype: Any = np.float32, seed: int = 0) -> dict
         name: (rng.normal(0, 0.4, shape) + ("norm" in name)).astype(dtype)
         for name, shape in shapes.items()
     }
+
+
+def has_experts(cfg: dict[str, Any], layer: int) -> bool:
+    sparse = layer not in cfg.get("mlp_only_layers", ())
+    return (
+        cfg["model_type"] in EXPERTS
+        and sparse
+        and (layer + 1) % cfg.get("decoder_sparse_step", 1) == 0
+    )
 
 
 def mlp(
@@ -230,7 +240,7 @@ def llama_logits(
             heads.append(score / score.sum(-1, keepdims=True) @ v[:, head // group])
         x_TD = x_TD + linear(np.concatenate(heads, -1), f"{at}.self_attn.o_proj")
         y_TD = norm(x_TD, f"{at}.post_attention_layernorm")
-        if cfg["model_type"] in EXPERTS:
+        if has_experts(cfg, layer):
             x_TD = x_TD + mixed(cfg, w, at, y_TD)
             continue
         gate = linear(y_TD, f"{at}.mlp.gate_proj")

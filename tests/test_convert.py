@@ -72,7 +72,7 @@ def test_a_converted_one_is_a_checkpoint_with_all_its_files(source, converted):
     assert not (converted / "pytorch_model.bin").exists()
     assert os.listdir(converted.parent) == ["converted"]  # no draft stays behind
     manifest = json.loads((converted / "xlinfer.json").read_text())
-    assert manifest["format_version"] == 2 and manifest["dtype"] == "bfloat16"
+    assert manifest["format_version"] == 3 and manifest["dtype"] == "bfloat16"
     assert len(manifest["source_sha256"]["model.safetensors"]) == 64
     assert manifest["parameters"]["embed_VD"] == {"shape": [64, 16], "dtype": "bfloat16"}
 
@@ -86,8 +86,8 @@ def test_a_converted_one_loads_onto_any_mesh(source, converted, devices):
     for name, array in b.items():
         assert a[name].dtype == np.float32  # auto, on CPU
         np.testing.assert_array_equal(a[name], array, err_msg=name)
-    k = got.layers.attn.k_D_KH.get_value()
-    assert k.sharding.is_equivalent_to(want.layers.attn.k_D_KH.get_value().sharding, k.ndim)
+    k = got.layers[0].attn.k_D_KH.get_value()
+    assert k.sharding.is_equivalent_to(want.layers[0].attn.k_D_KH.get_value().sharding, k.ndim)
     tokens = jnp.arange(6)[None]
     np.testing.assert_array_equal(got(tokens), want(tokens))
 
@@ -100,7 +100,7 @@ def test_experts_come_back_from_a_converted_one(devices, tmp_path):
     mesh = make_mesh(devices)
     got, want = load_model(tmp_path / "out", mesh=mesh), load_model(source, mesh=mesh)
     a, b = parameters(got), parameters(want)
-    assert a.keys() == b.keys() and "layers.mlp.gate_up_EID" in a
+    assert a.keys() == b.keys() and "layers.0.moe.gate_up_EID" in a
     for name, array in b.items():
         np.testing.assert_array_equal(a[name], array, err_msg=name)
 
@@ -188,9 +188,9 @@ def test_a_gguf_is_refused(tmp_path):
 def test_other_versions_are_refused(damaged):
     path = damaged / "xlinfer.json"
     manifest = json.loads(path.read_text())
-    for version in (0, 1, "1", None):
+    for version in (0, 1, 2, "1", None):
         path.write_text(json.dumps({**manifest, "format_version": version}))
-        with pytest.raises(CheckpointError, match=f"format_version is {version!r}; .* reads 2"):
+        with pytest.raises(CheckpointError, match=f"format_version is {version!r}; .* reads 3"):
             load_model(damaged)
     del manifest["format_version"]
     path.write_text(json.dumps(manifest))

@@ -12,6 +12,7 @@ from xlinfer.config import MoE
 from xlinfer.mesh import make_mesh, replicate_kv_heads, sharding
 
 MOE = MoE(
+    layers=(0, 1, 2),
     num_experts=6,
     num_experts_per_tok=2,
     intermediate_size=12,

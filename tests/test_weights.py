@@ -53,10 +53,10 @@ def test_values_survive_their_dtype(source, tmp_path):
         at = f"model.layers.{i}"
         q = want[f"{at}.self_attn.q_proj.weight"].T
         o = want[f"{at}.self_attn.o_proj.weight"].T
-        np.testing.assert_array_equal(got["layers.attn.q_D_NH"][i], q)
-        np.testing.assert_array_equal(got["layers.attn.o_NH_D"][i], o)
+        np.testing.assert_array_equal(got["layers.0.attn.q_D_NH"][i], q)
+        np.testing.assert_array_equal(got["layers.0.attn.o_NH_D"][i], o)
         down = want[f"{at}.mlp.down_proj.weight"].T
-        np.testing.assert_array_equal(got["layers.mlp.down_FD"][i], down)
+        np.testing.assert_array_equal(got["layers.0.mlp.down_FD"][i], down)
 
 
 @pytest.mark.parametrize("source", SOURCES)
@@ -134,13 +134,13 @@ def test_every_expert_lands_in_its_place(family, devices, tmp_path):
         _, _, layer, _, _, expert, matrix, _ = name.split(".")
         at, size = (int(layer), int(expert)), 24 if family == "mixtral" else 12
         want = {
-            "gate": got["layers.mlp.gate_up_EID"][at][:size],
-            "up": got["layers.mlp.gate_up_EID"][at][size:],
-            "down": got["layers.mlp.down_EDI"][at],
+            "gate": got["layers.0.moe.gate_up_EID"][at][:size],
+            "up": got["layers.0.moe.gate_up_EID"][at][size:],
+            "down": got["layers.0.moe.down_EDI"][at],
         }
         part = {"w1": "gate", "w3": "up", "w2": "down"}.get(matrix) or matrix.split("_")[0]
         np.testing.assert_array_equal(array, want[part], err_msg=name)
-    mlp = model.layers.mlp
+    mlp = model.layers[0].moe
     assert isinstance(mlp, MoE)
     stack = mlp.down_EDI.get_value()
     assert {s.data.shape[1] for s in stack.addressable_shards} == {4 // devices}
@@ -152,7 +152,7 @@ def test_a_vocabulary_that_does_not_divide_stands_whole(tmp_path):
     folder = write(tmp_path, cfg, tensors(cfg))
     model = load_model(folder, mesh=make_mesh(2))
     assert model.embed_VD.get_value().sharding.is_fully_replicated
-    assert not model.layers.attn.q_D_NH.get_value().sharding.is_fully_replicated
+    assert not model.layers[0].attn.q_D_NH.get_value().sharding.is_fully_replicated
     np.testing.assert_array_equal(
         parameters(model)["head_DV"], parameters(load_model(folder))["head_DV"]
     )

@@ -2,7 +2,7 @@
 has a default, so a converter cannot forget one."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,9 +80,10 @@ Activation = Literal["silu", "gelu", "gelu_tanh", "relu"] | ClampedSwiGLU
 
 @dataclass(frozen=True, kw_only=True)
 class MoE:
-    """A mixture of experts in place of every layer's MLP: a router chooses some for each token,
-    by softmax over all, and their outputs are added by their weights."""
+    """A mixture of experts in place of a layer's MLP: a router chooses some for each token, by
+    softmax over all, and their outputs are added by their weights."""
 
+    layers: tuple[int, ...]  # those that have one, in order; the others have an MLP
     num_experts: int
     num_experts_per_tok: int  # at most num_experts
     intermediate_size: int  # of one expert
@@ -92,6 +93,14 @@ class MoE:
     bias: bool  # of the router and of the experts' matrices
 
 
+class LayerKind(NamedTuple):
+    """What layers must have in common to be stacked."""
+
+    experts: bool  # in place of an MLP
+    rope: Rope | None
+    window: int | None
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """A decoder-only transformer; what differs between families is data here."""
@@ -99,7 +108,7 @@ class ModelConfig:
     model_type: str  # the family's name in its config.json
     vocab_size: int
     hidden_size: int
-    intermediate_size: int  # of the MLP, of which there is none with `moe`
+    intermediate_size: int  # of the MLP, where a layer has one
     num_layers: int
     num_heads: int
     num_kv_heads: int  # divides num_heads
@@ -127,7 +136,7 @@ class ModelConfig:
     qkv_bias: bool
     attention_output_bias: bool
     mlp_bias: bool
-    moe: MoE | None  # None: every layer has an MLP
+    moe: MoE | None  # of the layers that have one; None: every layer has an MLP
     # RMSNorm of q and k before rope: over each head, or over all heads together.
     qk_norm: Literal["head", "all"] | None
     embedding_norm: bool  # the embedding is normalized
@@ -138,6 +147,15 @@ class ModelConfig:
     head_bias: bool
     tie_word_embeddings: bool
     max_position_embeddings: int
+
+    @property
+    def kinds(self) -> tuple[LayerKind, ...]:
+        """Of each layer."""
+        experts = frozenset(self.moe.layers if self.moe else ())
+        return tuple(
+            LayerKind(layer in experts, rope, window)
+            for layer, (rope, window) in enumerate(zip(self.ropes, self.windows, strict=True))
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,7 @@ from converters.errors import listing, read_object
 from xlinfer.models import Transformer
 
 MANIFEST, PARAMETERS = "xlinfer.json", "parameters"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 # What makes a checkpoint usable beside its weights; copied as they are, where present.
 BESIDE = (
     "config.json",

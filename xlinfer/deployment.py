@@ -259,7 +259,7 @@ def facts_of(model: Any) -> Facts:
 
 
 def paths_of(state: Any) -> tuple[str, ...]:
-    """A name for each leaf of a module's state: "layers.attn.q_D_NH"."""
+    """A name for each leaf of a module's state: "layers.0.attn.q_D_NH"."""
     names = []
     for path, _ in jax.tree_util.tree_leaves_with_path(state):
         parts = [str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path]

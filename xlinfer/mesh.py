@@ -106,9 +106,9 @@ def replicate_kv_heads(config: ModelConfig, n: int) -> ModelConfig:
 def _faults(config: ModelConfig, n: int) -> list[str]:
     kv, moe = config.num_kv_heads, config.moe
     divided: list[tuple[int, str]] = [(config.num_heads, "attention heads are")]
-    if moe is None:
+    if any(not kind.experts for kind in config.kinds):
         divided.append((config.intermediate_size, "(intermediate_size) is"))
-    else:
+    if moe is not None:
         divided.append((moe.num_experts, "experts are"))
         if moe.shared_intermediate_size is not None:
             divided.append((moe.shared_intermediate_size, "(the shared expert's size) is"))

@@ -177,7 +177,7 @@ def _check_rules(rules: tuple[Rule, ...], targets: Mapping, config: ModelConfig)
     floats = {path: t for path, t in targets.items() if not isinstance(t, QTensor)}
     wrong += [r.target for r in rules if r.target in floats and floats[r.target].shape != r.shape]
     if wrong:
-        names = ", ".join(sorted(".".join(path) for path in wrong))
+        names = ", ".join(sorted(".".join(map(str, path)) for path in wrong))
         raise ValueError(f"the table of {config.model_type} does not fit the model at {names}")
 
 

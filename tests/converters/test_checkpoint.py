@@ -139,10 +139,10 @@ def test_every_tensor_has_one_place(model_type, shards, tmp_path):
 def test_the_rule_of_a_kv_projection(tmp_path):
     cfg = opened(tmp_path, config()).config
     rules = {rule.target: rule for rule in parameter_rules(cfg, kv_replicas=2)}
-    rule = rules["layers", "attn", "k_D_KH"]
+    rule = rules["layers", 0, "attn", "k_D_KH"]
     assert rule.shape == (2, 16, 32) and rule.source_shape == (16, 16)
     assert rule.sources == tuple(f"model.layers.{i}.self_attn.k_proj.weight" for i in range(2))
-    assert rules["layers", "attn", "q_D_NH"].shape == (2, 16, 32)
+    assert rules["layers", 0, "attn", "q_D_NH"].shape == (2, 16, 32)
 
 
 def test_the_rule_of_experts(tmp_path):
@@ -150,7 +150,7 @@ def test_the_rule_of_experts(tmp_path):
     rules = {
         rule.target: rule for rule in parameter_rules(opened(tmp_path, config("mixtral")).config)
     }
-    rule = rules["layers", "mlp", "gate_up_EID"]
+    rule = rules["layers", 0, "moe", "gate_up_EID"]
     assert rule.shape == (2, 4, 48, 16) and rule.source_shape == (24, 16)
     assert rule.layout.slot == (1, 1, 24, 16)
     place = dict(zip(rule.sources, rule.starts, strict=True))
@@ -215,7 +215,7 @@ def test_a_piece_of_a_tensor():
     rules = {rule.target: rule for rule in parameter_rules(cfg)}
     fused = np.arange(64 * 32).reshape(64, 32)
     for name, piece in (("q_D_NH", fused[:32]), ("k_D_KH", fused[32:48]), ("v_D_KH", fused[48:])):
-        rule = rules["layers", "attn", name]
+        rule = rules["layers", 0, "attn", name]
         assert rule.source_shape == fused.shape
         np.testing.assert_array_equal(cut_out(fused, rule), piece)
     by_turns = expand([Row("k", "qkv", "(K H|H|H) D -> D (K H)", piece=1)], cfg)[0]

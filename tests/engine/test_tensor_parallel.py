@@ -23,6 +23,7 @@ DEVICE_COUNTS = (1, 2, 4)
 QUICK = {
     *itertools.product(("llama", "qwen3", "qwen3-moe"), (2, 4)),
     *itertools.product(("gemma3", "gpt-oss", "gpt2"), (1,)),
+    ("qwen2-moe", 4),
 }
 CASES = [
     pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow)

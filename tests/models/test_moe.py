@@ -56,8 +56,8 @@ def apply(moe, x_BTD):
 
 
 def experts(model) -> MoE:
-    assert isinstance(model.layers.mlp, MoE)
-    return model.layers.mlp
+    assert isinstance(model.layers[0].moe, MoE)
+    return model.layers[0].moe
 
 
 def block(devices=1) -> MoE:
@@ -129,12 +129,12 @@ def test_quantized_experts_are_multiplied_as_they_stand(method, keys):
     quantized, plain = (load_model(GOLDENS / "qwen3-moe") for _ in range(2))
     quantize_model(quantized, method, CPU)
     for name in ("gate_up_EID", "down_EDI"):
-        q = getattr(quantized.layers.mlp, name).get_value()
-        getattr(plain.layers.mlp, name).set_value(jnp.asarray(dequantized(q)))
+        q = getattr(quantized.layers[0].moe, name).get_value()
+        getattr(plain.layers[0].moe, name).set_value(jnp.asarray(dequantized(q)))
     for name in ("q_D_NH", "k_D_KH", "v_D_KH", "o_NH_D"):
-        q = getattr(quantized.layers.attn, name).get_value()
+        q = getattr(quantized.layers[0].attn, name).get_value()
         w_LKN = jnp.asarray(dequantized(q)).swapaxes(1, 2)
-        getattr(plain.layers.attn, name).set_value(w_LKN)
+        getattr(plain.layers[0].attn, name).set_value(w_LKN)
     tokens_BT = jax.random.randint(next(keys), (1, 20), 0, 160)
     got, want = forward(quantized, tokens_BT), forward(plain, tokens_BT)
     np.testing.assert_allclose(got, want, atol=ATOL["same"], rtol=0)
@@ -201,5 +201,5 @@ def test_the_whole_model_may_be_differentiated():
         return loss(model)
 
     measured = (at(step) - at(-step)) / (2 * step)
-    slope = grads.layers.mlp.down_EDI.get_value()[1].sum()
+    slope = grads.layers[0].moe.down_EDI.get_value()[1].sum()
     np.testing.assert_allclose(measured, slope, rtol=2e-2)

@@ -5,8 +5,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from pallas_kernels.devices import Device
-from xlinfer.config import ModelConfig
-from xlinfer.kvcache import KV, AnyMesh, Attend
+from xlinfer.config import LayerKind, ModelConfig
+from xlinfer.kvcache import FULL, KV, AnyMesh, Attend
 from xlinfer.models.moe import MoE
 from xlinfer.models.parts import MLP, Attention, hidden_norm
 from xlinfer.models.rope import Angles
@@ -19,6 +19,7 @@ class Block(nnx.Module):
     def __init__(
         self,
         cfg: ModelConfig,
+        kind: LayerKind,
         *,
         dtype,
         device: Device,
@@ -33,11 +34,11 @@ class Block(nnx.Module):
             self.attn_post_norm = hidden_norm(cfg, dtype)
             self.mlp_post_norm = hidden_norm(cfg, dtype)
         self.attn = Attention(cfg, dtype=dtype, rngs=rngs)
-        if cfg.moe is None:
-            self.mlp = MLP(cfg, cfg.intermediate_size, dtype=dtype, rngs=rngs)
+        if kind.experts:
+            self.moe = MoE(cfg, dtype=dtype, device=device, mesh=mesh, rngs=rngs)
         else:
-            self.mlp = MoE(cfg, dtype=dtype, device=device, mesh=mesh, rngs=rngs)
-        self.cfg = cfg
+            self.mlp = MLP(cfg, cfg.intermediate_size, dtype=dtype, rngs=rngs)
+        self.cfg, self.kind = cfg, kind
 
     def __call__(
         self,
@@ -47,16 +48,15 @@ class Block(nnx.Module):
         kv: KV,
         *,
         layer,
-        window,
     ) -> tuple[Float[Array, "B T D"], KV]:
-        cfg, input_BTD = self.cfg, x_BTD
+        cfg, input_BTD, window = self.cfg, x_BTD, self.kind.window or FULL
         y_BTD = self.attn_norm(x_BTD) if cfg.pre_norm else x_BTD
         o_BTD, kv = self.attn(y_BTD, angles, attend, kv, layer=layer, window=window)
         x_BTD = self._plus(x_BTD, self.attn_post_norm(o_BTD) if cfg.post_norm else o_BTD)
         if not cfg.shared_norm:
             z_BTD = input_BTD if cfg.parallel else x_BTD
             y_BTD = self.mlp_norm(z_BTD) if cfg.pre_norm else z_BTD
-        o_BTD = self.mlp(y_BTD)
+        o_BTD = self.moe(y_BTD) if self.kind.experts else self.mlp(y_BTD)
         return self._plus(x_BTD, self.mlp_post_norm(o_BTD) if cfg.post_norm else o_BTD), kv
 
     def _plus(self, x_BTD, y_BTD):

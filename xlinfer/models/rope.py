@@ -21,17 +21,13 @@ from xlinfer.config import (
 )
 
 
-def rope_frequencies(
-    rope: Rope | None, head_dim: int, context_len: int
-) -> tuple[np.ndarray, float]:
+def rope_frequencies(rope: Rope, head_dim: int, context_len: int) -> tuple[np.ndarray, float]:
     """Radians per position of each rotated pair [head_dim/2] float32, and the scale of cos, sin.
 
-    `head_dim` counts the dimensions that are rotated. None turns nothing: zeros. `context_len`
-    matters to DynamicRope, whose base is that of a context of this length, and to LongRope.
+    `head_dim` counts the dimensions that are rotated. `context_len` matters to DynamicRope, whose
+    base is that of a context of this length, and to LongRope.
     """
     match rope:
-        case None:
-            return np.zeros(head_dim // 2, np.float32), 1.0
         case DefaultRope(theta=theta):
             return _powers(theta, head_dim), 1.0
         case LinearRope(theta=theta, factor=factor):
@@ -93,7 +89,7 @@ def _longrope(rope: LongRope, head_dim: int, context_len: int) -> np.ndarray:
     return np.float32(1) / (factor_h * np.float32(rope.theta) ** exponent_h)
 
 
-Angles = tuple[Float[Array, "*X B T h"], Float[Array, "*X B T h"]]  # cos, sin of h pairs
+Angles = tuple[Float[Array, "B T h"], Float[Array, "B T h"]]  # cos, sin of h pairs
 
 
 def rope_angles(freq_h: np.ndarray, scale: float, pos_BT: Int[Array, "B T"]) -> Angles:

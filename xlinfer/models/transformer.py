@@ -1,27 +1,32 @@
 """The decoder-only transformer: embedding, scanned layers, norm, head."""
 
-import jax
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.devices import DEVICES, Device
 from xlinfer.config import ModelConfig, Rope
-from xlinfer.kvcache import FULL, KV, AnyMesh, Attend
+from xlinfer.kvcache import KV, AnyMesh, Attend
 from xlinfer.models.block import Block
 from xlinfer.models.causal_lm import causal_attend
 from xlinfer.models.parts import bias, hidden_norm, weight
 from xlinfer.models.rope import Angles, rope_angles, rope_frequencies
 from xlinfer.models.scan import scan_layers
 from xlinfer.quant import QTensor, apart, lookup, product, together
+from xlinfer.stacks import Run, runs
 
 
 class Transformer(nnx.Module):
     """`model(tokens[B, T]) -> logits[B, T, V]`, causal and pure: jit, vmap and grad apply, and
     forward-mode jvp where attention is no kernel.
 
-    Every array of `layers` has the layer as its first axis and the forward scans over it, so
-    neither compile time nor the number of arguments grows with depth.
+    `layers` are stacks: every array of one has the layer as its first axis, and the forward scans
+    over it, so neither compile time nor the number of arguments grows with depth. Layers that
+    differ are stacked by the pattern that they repeat (see xlinfer.stacks).
 
     `device` is what the forward's kernels are chosen for, where the weights are to lie; what the
     CPU runs runs anywhere. `mesh` is needed where several devices share the heads or experts.
@@ -43,12 +48,17 @@ class Transformer(nnx.Module):
         if cfg.learned_positions:
             self.positions_MD = weight(rngs, dtype, ("positions", "hidden"), M, D)
 
-        @nnx.split_rngs(splits=cfg.num_layers)
-        @nnx.vmap(in_axes=0, out_axes=0)
-        def stacked(rngs: nnx.Rngs) -> Block:
-            return Block(cfg, dtype=dtype, device=device, mesh=mesh, rngs=rngs)
+        def stack(layers: range) -> Block:
+            @nnx.split_rngs(splits=len(layers))
+            @nnx.vmap(in_axes=0, out_axes=0)
+            def stacked(rngs: nnx.Rngs) -> Block:
+                kind = cfg.kinds[layers.start]
+                return Block(cfg, kind, dtype=dtype, device=device, mesh=mesh, rngs=rngs)
 
-        self.layers = stacked(rngs)
+            return stacked(rngs)
+
+        self.runs = runs(cfg.kinds)
+        self.layers = nnx.List([stack(layers) for run in self.runs for layers in run.stacks])
         self.norm = hidden_norm(cfg, dtype)
         if not cfg.tie_word_embeddings:
             self.head_DV = weight(rngs, dtype, ("hidden", "vocab"), D, V)
@@ -59,14 +69,7 @@ class Transformer(nnx.Module):
         self.num_heads, self.num_kv_heads = cfg.num_heads, cfg.num_kv_heads
         self.head_dim = cfg.head_dim
         self.max_position_embeddings = cfg.max_position_embeddings
-        # Numbers alive at once for each token of a forward, as XLA schedules it: gate and up, or
-        # those of all experts of a token with their input, and the residual; where attention and
-        # MLP are parallel, the sum of both too.
-        if cfg.moe is None:
-            self.token_width = (2 if cfg.gated_mlp else 1) * cfg.intermediate_size
-        else:
-            self.token_width = cfg.moe.num_experts_per_tok * (3 * cfg.moe.intermediate_size + D)
-        self.token_width += (3 if cfg.parallel else 2) * D
+        self.token_width = _token_width(cfg)
 
     def __call__(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T V"]:
         pos_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1])[None], tokens_BT.shape)
@@ -84,22 +87,6 @@ class Transformer(nnx.Module):
         context_len: int,
     ) -> tuple[Float[Array, "B T D"], KV]:
         """See CausalLM.hidden."""
-        kinds = list(dict.fromkeys(self.cfg.ropes))
-        all_angles = self._angles(kinds, pos_BT, context_len)
-        graph, state = nnx.split(self.layers)
-        stacked, whole = apart(state)
-        windows = [window or FULL for window in self.cfg.windows]
-        same = len(set(windows)) == 1  # then a constant, for which kernels visit fewer keys
-        kind_L = None if len(kinds) == 1 else jnp.array([kinds.index(r) for r in self.cfg.ropes])
-
-        def layer(carry, xs):
-            (x_BTD, kv), (weights, index, window, kind) = carry, xs
-            block = nnx.merge(graph, together(weights, whole, index))
-            window = windows[0] if same else window
-            angles = all_angles if kind is None else jax.tree.map(lambda a: a[kind], all_angles)
-            return block(x_BTD, angles, attend, kv, layer=index, window=window)
-
-        index_L = jnp.arange(self.cfg.num_layers)
         x_BTD = lookup(self.embed_VD, tokens_BT).astype(self.norm.scale_D[...].dtype)
         if self.cfg.embedding_norm:
             x_BTD = self.embed_norm(x_BTD)
@@ -107,20 +94,24 @@ class Transformer(nnx.Module):
             x_BTD *= self.cfg.embedding_multiplier
         if self.cfg.learned_positions:
             x_BTD += self.positions_MD[...][pos_BT]
-        xs = (stacked, index_L, None if same else jnp.array(windows), kind_L)
-        x_BTD, kv = scan_layers(layer, (x_BTD, kv), xs)
+        angles = {
+            rope: self._angles(rope, pos_BT, context_len) for rope in dict.fromkeys(self.cfg.ropes)
+        }
+        stacks, carry = iter(self.layers), (x_BTD, kv)
+        for run in self.runs:
+            blocks = list(itertools.islice(stacks, run.period))
+            carry = _scan(run, blocks, carry, angles, attend)
+        x_BTD, kv = carry
         return self.norm(x_BTD), kv
 
     def _angles(
-        self, kinds: list[Rope | None], pos_BT: Int[Array, "B T"], context_len: int
+        self, rope: Rope | None, pos_BT: Int[Array, "B T"], context_len: int
     ) -> Angles | None:
-        """Once for all layers; of several kinds of rope one after the other, [X, B, T, h] each.
-        None: no layer rotates."""
-        if kinds == [None]:
+        """Once for all layers of that rope. None: they do not rotate."""
+        if rope is None:
             return None
-        frequencies = [rope_frequencies(r, self.cfg.rotary_dim, context_len) for r in kinds]
-        each = [rope_angles(freq_h, scale, pos_BT) for freq_h, scale in frequencies]
-        return each[0] if len(each) == 1 else jax.tree.map(lambda *a: jnp.stack(a), *each)
+        freq_h, scale = rope_frequencies(rope, self.cfg.rotary_dim, context_len)
+        return rope_angles(freq_h, scale, pos_BT)
 
     def logits(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Float32 scores of the next token."""
@@ -137,3 +128,33 @@ class Transformer(nnx.Module):
         if (softcap := self.cfg.logit_softcap) is not None:
             y_BTV = softcap * jnp.tanh(y_BTV / softcap)
         return y_BTV
+
+
+def _scan(
+    run: Run, blocks: list[Block], carry: Any, angles: Mapping[Rope | None, Any], attend: Attend
+) -> Any:
+    """x and the cache after the layers of `run`, whose stacks are `blocks`."""
+    graphs, states = zip(*(nnx.split(block) for block in blocks), strict=True)
+    sliced, whole = zip(*map(apart, states), strict=True)
+
+    def period(carry, xs):
+        (x_BTD, kv), (weights, i) = carry, xs
+        for j, one in enumerate(blocks):
+            block = nnx.merge(graphs[j], together(weights[j], whole[j], i))
+            layer = i * run.period + (run.first + j)
+            x_BTD, kv = block(x_BTD, angles[one.kind.rope], attend, kv, layer=layer)
+        return x_BTD, kv
+
+    return scan_layers(period, carry, (sliced, jnp.arange(run.repeats)))
+
+
+def _token_width(cfg: ModelConfig) -> int:
+    """Numbers alive at once for each token of a forward, as XLA schedules it: gate and up, or
+    those of all experts of a token with their input, and the residual; where attention and MLP are
+    parallel, the sum of both too."""
+    D, widths = cfg.hidden_size, []
+    if any(not kind.experts for kind in cfg.kinds):
+        widths.append((2 if cfg.gated_mlp else 1) * cfg.intermediate_size)
+    if cfg.moe is not None and cfg.moe.layers:
+        widths.append(cfg.moe.num_experts_per_tok * (3 * cfg.moe.intermediate_size + D))
+    return max(widths) + (3 if cfg.parallel else 2) * D
