@@ -11,11 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from safetensors.numpy import load_file
 
 from converters.formats.gguf import BLOCKS, read_gguf, read_gguf_tensor
+from converters.gguf import read_model
 from tests import gguf_blocks as pack
-from tests.checkpoints import GOLDENS
+from tests.checkpoints import GOLDENS, write
 from xlinfer.unpack_gguf import IQ4_TABLE, MXFP4_TABLE, TYPES, dequantize, unpack
+from xlinfer.weights import load_model
 
 unpacked = jax.jit(unpack, static_argnames="kind")
 examples = settings(max_examples=40, deadline=None)
@@ -195,6 +198,23 @@ def test_llama_cpps_tensors(name):
         largest = np.abs(want).max(-1, keepdims=True)
         assert np.all(np.abs(dequantize(held) - want) <= 1e-6 * largest), info.name
     assert kinds == {"q4_0": {"Q4_0", "Q8_0"}, "q4_k_m": {"Q4_K", "Q6_K"}, "q8_0": {"Q8_0"}}[name]
+
+
+@pytest.mark.parametrize("name", ["q4_0", "q4_k_m", "q8_0"])
+def test_logits_of_llama_cpps_files(name, tmp_path):
+    """Constants, names, the order of rows and every block, together: unpacked, the model computes
+    what transformers does with the dequantized weights."""
+    golden = load_file(GOLDENS / f"gguf-{name}" / "golden.safetensors")
+    config, tensors = read_model(read_gguf(GOLDENS / f"gguf-{name}" / "model.gguf"))
+    held = {}
+    for info in tensors.values():
+        held[info.name] = array = read_gguf_tensor(info)
+        if info.blocks is not None:
+            held[info.name] = np.asarray(dequantize(unpacked(jnp.asarray(array), info.blocks.name)))
+    model = load_model(write(tmp_path / "floats", config, held), dtype="float32")
+    with jax.default_matmul_precision("highest"):
+        got = model(jnp.asarray(golden["input_ids"]))
+    np.testing.assert_allclose(got, golden["logits"], rtol=0, atol=2e-4)
 
 
 def test_leading_axes_are_free():
