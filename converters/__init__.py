@@ -23,7 +23,7 @@ from converters.formats.packing import Scheme, check_all_match
 from converters.formats.safetensors import TensorInfo, read_folder
 from converters.formats.safetensors import read_tensor as read_safetensor
 from converters.multimodal import LeftOut, text_document, text_tensors
-from converters.packed import form_of_rule, packings
+from converters.packed import form_of_rule, packings, with_weight_forms
 from converters.quantization import BESIDE, KEYS, read_scheme
 from converters.rules import Cut, Layout, Rule, cut_out, expand
 from converters.schedule import AnyStep, PackedStep, Step, schedule
@@ -47,6 +47,7 @@ __all__ = [
     "parameter_rules",
     "parse_config",
     "read_config",
+    "read_model",
     "read_scheme",
     "read_tensor",
     "text_document",
@@ -180,15 +181,24 @@ def open_checkpoint(path: str | Path, *, text_only: bool = False) -> Checkpoint:
         path=folder,
         document=document,
         is_part=document is not whole,
-        config=parse_config(file, document),
+        config=read_model(file, document),
         generation=read_generation(folder, document),
         scheme=read_scheme(str(file), document),
     )
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of `folder`, with what old writers put into a file beside it. Raises
+def read_model(path: Path, document: Mapping[str, Any]) -> ModelConfig:
+    """parse_config's, with layers told apart whose weights lie in different forms. Raises
     CheckpointError."""
+    config, scheme = parse_config(path, document), read_scheme(str(path), document)
+    return with_weight_forms(config, parameter_rules(config), scheme)
+
+
+def read_config(folder: Path) -> Mapping[str, Any]:
+    """config.json of `folder`, with what old writers put into a file beside it; or of a GGUF, what
+    its metadata amounts to. Raises CheckpointError."""
+    if (file := find_gguf(folder)) is not None:
+        return _with_blocks(*gguf.read_model(read_gguf(file)))
     values = read_object(folder / "config.json")
     if all(values.get(name) is None for name in KEYS):
         for name, method in BESIDE.items():
@@ -214,15 +224,22 @@ def weight_forms(
 def _open_gguf(path: Path) -> GGUFCheckpoint:
     file = read_gguf(path)
     values, tensors = gguf.read_model(file)
+    document = _with_blocks(values, tensors)
     return GGUFCheckpoint(
         path=path,
-        document=values,
+        document=document,
         is_part=False,
-        config=parse_config(path, values),
+        config=read_model(path, document),
         generation=gguf.read_generation(file),
-        scheme=None,
+        scheme=read_scheme(str(path), document),
         renamed=tensors,
     )
+
+
+def _with_blocks(values: Mapping[str, Any], tensors: Mapping[str, GGUFTensor]) -> Mapping[str, Any]:
+    """A GGUF's config.json with the blocks of its tensors as quantization_config."""
+    types = {name: info.blocks.name for name, info in tensors.items() if info.blocks is not None}
+    return {**values, KEYS[0]: {"quant_method": "gguf", "types": types}} if types else values
 
 
 def parameter_rules(config: ModelConfig, kv_replicas: int = 1) -> tuple[Rule, ...]:

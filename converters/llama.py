@@ -231,6 +231,7 @@ def llama_config(
         head_bias=False,
         tie_word_embeddings=constants.flag("tie_word_embeddings"),
         max_position_embeddings=longest,
+        weight_forms=(0,) * layers,
     )
 
 

@@ -7,7 +7,7 @@ to the outputs, pieces and all, is done to each of them; inputs stay as they are
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -15,7 +15,9 @@ import numpy as np
 from converters.errors import CheckpointError
 from converters.formats.packing import Matrix, Packing, Round, Scheme
 from converters.rules import STACKED, Axes, Cut, Layout, Rule, cut_out
+from xlinfer.config import ModelConfig
 from xlinfer.forms import FP8_BLOCK, Form
+from xlinfer.stacks import stacks
 
 EXPERTS = ("E",)
 OUT, IN, WHOLE = "out", "in", "whole"  # the axes of a form's arrays; WHOLE: as IN, never split
@@ -74,6 +76,30 @@ def form_of_rule(rule: Rule, held: Mapping[str, Packing], where: str) -> Form | 
         inputs = matrix_of(rule, first).shape[-1]
         form = None if inputs % FP8_BLOCK else replace(form, scales="group", group=FP8_BLOCK)
     return form
+
+
+def with_weight_forms(
+    config: ModelConfig, rules: Iterable[Rule], scheme: Scheme | None
+) -> ModelConfig:
+    """`config` with layers told apart whose weights `scheme` holds in different forms; `rules` are
+    those of `config`."""
+    if scheme is None:
+        return config
+    found: list[dict[str, Form | None]] = [{} for _ in range(config.num_layers)]
+    for rule in rules:
+        if rule.target[0] != STACKED or rule.inputs is None:
+            continue
+        held = packings(rule, scheme)
+        layers = stacks(config.kinds)[int(rule.target[1])]
+        each = len(rule.sources) // len(layers)
+        name = ".".join(map(str, rule.target[2:]))
+        for i, layer in enumerate(layers):
+            sources = rule.sources[i * each : (i + 1) * each]
+            forms = {held[s].form if s in held else None for s in sources}
+            found[layer][name] = forms.pop() if len(forms) == 1 else None
+    kinds = [tuple(forms.items()) for forms in found]
+    numbers = {kind: i for i, kind in enumerate(dict.fromkeys(kinds))}
+    return replace(config, weight_forms=tuple(numbers[kind] for kind in kinds))
 
 
 def _keeps_blocks(rule: Rule, rounds: bool) -> bool:

@@ -8,6 +8,7 @@ from converters.formats.awq import read_awq
 from converters.formats.bitsandbytes import read_bitsandbytes
 from converters.formats.compressed_tensors import read_compressed_tensors
 from converters.formats.fp8 import read_fbgemm_fp8, read_fp8, read_modelopt
+from converters.formats.gguf_blocks import read_gguf_blocks
 from converters.formats.gptq import read_gptq
 from converters.formats.mxfp4 import read_mxfp4
 from converters.formats.packing import Scheme
@@ -26,6 +27,7 @@ METHODS: Mapping[str, Callable[[str, Mapping[str, Any]], Scheme]] = {
     "modelopt": read_modelopt,
     "bitsandbytes": read_bitsandbytes,
     "mxfp4": read_mxfp4,
+    "gguf": read_gguf_blocks,
 }
 REFUSED: Mapping[str, str] = {
     "quark": "AMD's Quark has layouts of its own",

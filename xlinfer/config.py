@@ -99,6 +99,7 @@ class LayerKind(NamedTuple):
     experts: bool  # in place of an MLP
     rope: Rope | None
     window: int | None
+    form: int  # of its weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,14 +148,18 @@ class ModelConfig:
     head_bias: bool
     tie_word_embeddings: bool
     max_position_embeddings: int
+    # Per layer: those of one number have their weights in the same forms (see converters.packed).
+    weight_forms: tuple[int, ...]
 
     @property
     def kinds(self) -> tuple[LayerKind, ...]:
         """Of each layer."""
         experts = frozenset(self.moe.layers if self.moe else ())
         return tuple(
-            LayerKind(layer in experts, rope, window)
-            for layer, (rope, window) in enumerate(zip(self.ropes, self.windows, strict=True))
+            LayerKind(layer in experts, rope, window, form)
+            for layer, (rope, window, form) in enumerate(
+                zip(self.ropes, self.windows, self.weight_forms, strict=True)
+            )
         )
 
 

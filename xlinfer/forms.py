@@ -8,7 +8,7 @@ from typing import Literal
 
 FP8_BLOCK = 128  # inputs and outputs that share a scale
 # What a number stands for before its scale: itself; as int4, its sign and the place in E2M1 of its
-# magnitude; as uint4, a place in one of TABLES.
+# magnitude, in half steps; as uint4, a place in one of TABLES.
 Grid = Literal["int", "e2m1", "nf4", "fp4", "iq4_nl"]
 
 
@@ -81,7 +81,7 @@ def form_of(method: str, K: int) -> Form:
     raise ValueError(f"quantization is {method!r}; it must be one of {', '.join(METHODS)}")
 
 
-E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # by exponent and mantissa (OCP MX, 5.3.3)
+E2M1 = (0, 1, 2, 3, 4, 6, 8, 12)  # half steps, by exponent and mantissa (OCP MX, 5.3.3)
 # Of uint4 numbers, what each of 0 to 15 stands for.
 TABLES: dict[Grid, tuple[float, ...]] = {
     # Quantiles of a normal distribution (QLoRA, arXiv 2305.14314, appendix E).

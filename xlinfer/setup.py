@@ -14,7 +14,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 from converters import (
     CheckpointError,
-    parse_config,
+    read_model,
     read_scheme,
     text_document,
     weight_forms,
@@ -145,7 +145,7 @@ def setup(
 
 
 def model_config(setup: Setup) -> ModelConfig:
-    config = parse_config(Path("config.json"), setup.config)
+    config = read_model(Path("config.json"), setup.config)
     return replicate_kv_heads(config, setup.tensor_parallel_size)
 
 
@@ -160,7 +160,7 @@ def _forms(setup: Setup) -> dict[tuple, Form]:
                 f"({scheme.name}); leave it out"
             )
         scheme = OnLoad(method=setup.quantization)
-    own = parse_config(Path("config.json"), setup.config)
+    own = read_model(Path("config.json"), setup.config)
     replicas = model_config(setup).num_kv_heads // own.num_kv_heads
     return weight_forms(own, scheme, "config.json", replicas)
 

@@ -17,8 +17,10 @@ from converters.formats import awq
 from converters.formats.awq import AwqCode
 from converters.formats.bitsandbytes import BLOCK, NESTED, Bits4Code, Bits8Code
 from converters.formats.compressed_tensors import Fp4Code, PackedCode, PlainCode
+from converters.formats.gguf_blocks import FORMS, GgufCode
 from converters.formats.gptq import GptqCode
 from converters.formats.packing import Code
+from xlinfer import unpack_gguf
 from xlinfer.forms import Grid
 
 
@@ -46,6 +48,8 @@ def unpack(code: Code, parts: Mapping[str, Array]) -> Unpacked:
             return _plain(code, parts)
         case Fp4Code():
             return _fp4(code, parts)
+        case GgufCode():
+            return _gguf(code, parts)
         case Bits4Code():
             return _bits4(code, parts)
         case Bits8Code():
@@ -116,8 +120,21 @@ def _fp4(code: Fp4Code, parts) -> Unpacked:
             scale = scale * parts["global_scale"].reshape(())
     bytes_ = parts["packed"].reshape(*scale.shape[:-1], -1).astype(jnp.int32)
     codes = jnp.stack([bytes_ & 15, bytes_ >> 4], -1).reshape(*bytes_.shape[:-1], -1)
-    numbers = jnp.where(codes & 8, -(codes & 7), codes & 7)
-    return Unpacked(numbers, scale, grid="e2m1")
+    # The form counts in half steps.
+    return Unpacked(_sign_and_place(codes), scale / 2, grid="e2m1")
+
+
+def _gguf(code: GgufCode, parts) -> Unpacked:
+    found, form = unpack_gguf.unpack(parts["weight"], code.blocks), FORMS[code.blocks]
+    numbers = found.data
+    if form.grid == "e2m1":
+        numbers = _sign_and_place(numbers.astype(jnp.int32))
+    return Unpacked(numbers, found.scale, zero_NG=found.zero, grid=form.grid)
+
+
+def _sign_and_place(codes: Array) -> Array:
+    """Of 4-bit codes whose first bit is the sign."""
+    return jnp.where(codes & 8, -(codes & 7), codes & 7)
 
 
 def _bits4(code: Bits4Code, parts) -> Unpacked:
