@@ -10,7 +10,7 @@ Weights are [E, N, K] with K contiguous, as checkpoints store them. By their dty
     int4        w * scale_EGN, a scale for each group of 16, 32, 64, 128 or all of K; with `grid`
                 "e2m1" for what w stands for, the half steps of a 4-bit float (MXFP4, NVFP4), see
                 pallas_kernels/grids.py
-    uint4       (w - zero_EGN) * scale_EGN
+    uint4       (w - zero_EGN) * scale_EGN; or, `grid` being 16 numbers, grid[w] * scale_EGN
     e4m3        w * scale, with x rounded to e4m3 as fp8_matmul rounds it: a scale for each row
                 with scale_E or scale_EN, for each row's every 128 of K with scale_Enk, whose
                 scales hold for 128 of N by 128 of K (ceil(N/128), ceil(K/128))
@@ -33,13 +33,15 @@ IMPLS = ("reference", "mosaic_gpu", "mosaic_tpu")
 FLOATS = ("bfloat16", "float16", "float32")
 
 
-def choose(device: Device) -> Impl:
+def choose(device: Device, grid: Grid = "int") -> Impl:
     """What `grouped_matmul` runs on `device` unless told otherwise.
+
+    No kernel takes a codebook: the reference widens one expert after another, of those with rows.
 
     Never lax.ragged_dot: on GPUs XLA multiplies a masked copy of x for every expert, and on TPUs
     its kernel wants weights of [E, K, N] and copies all of [E, N, K] first.
     """
-    return mosaic(device)
+    return "reference" if isinstance(grid, tuple) else mosaic(device)
 
 
 def grouped_matmul(
@@ -81,8 +83,8 @@ def grouped_matmul(
         in_a_row = lambda a: a.reshape(-1, *a.shape[2:])
         w_ENK = in_a_row(w_ENK)
         scale, zero = (None if a is None else in_a_row(a) for a in (scale, zero))
-    impl = impl or choose(device)
-    checks.check_one_of("impl", impl, IMPLS)
+    impl = impl or choose(device, grid)
+    checks.check_one_of("impl", impl, IMPLS[:1] if isinstance(grid, tuple) else IMPLS)
     if impl != "reference" and form.kind != "float":
         checks.check_dtype("x_MK", x_MK, ("bfloat16", "float16"))
     if impl == "reference":

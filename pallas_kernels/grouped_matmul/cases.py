@@ -44,6 +44,11 @@ def _spread(rows: int, experts: int) -> tuple[int, ...]:
     return tuple(map(int, rng.multinomial(rows, chance)))
 
 
+# A codebook of llama.cpp.
+IQ4_NL = (
+    -127.0, -104.0, -83.0, -65.0, -49.0, -35.0, -22.0, -10.0,
+    1.0, 13.0, 25.0, 38.0, 53.0, 69.0, 89.0, 113.0,
+)  # fmt: skip
 # Boundaries at any row, groups without rows, more tiles than thread blocks.
 RAGGED = (5, 0, 13, 1, 0, 9)
 _gpu = lambda *tiles: (("mosaic_gpu", tiles),)
@@ -66,6 +71,7 @@ CASES = (
     Case("quarters", (7, 32, 65), K=128, N=128, tiles=_gpu(64, 128, 1, 64, 2, 8, 2)),
     Case("int8", RAGGED, K=192, N=128, weights="int8", tiles=_gpu(16, 64, 2, 128, 2, 8, 2)),
     Case("int8_f32_scale", (3, 6), K=128, N=64, weights="int8", scale_dtype=F32),
+    Case("iq4_nl", RAGGED, K=192, N=72, weights="uint4", group=32, grid=IQ4_NL, padding=3),
     Case("e2m1_16", RAGGED, K=192, N=72, weights="int4", group=16, grid="e2m1", padding=3),
     Case("int8_16", (3, 0, 6), K=128, N=128, weights="int8", group=16),
     Case("int8_32", RAGGED, K=192, N=72, weights="int8", group=32, padding=3),
@@ -117,7 +123,7 @@ MODEL_CASES = (
 
 
 def impls(case: Case, device: Device) -> tuple[Impl, ...]:
-    best = choose(device)
+    best = choose(device, case.grid)
     if case.dtype == F32 and best == "mosaic_gpu":
         return ("reference",)
     if case.dtype == F16 and best == "mosaic_tpu":
@@ -148,7 +154,7 @@ def inputs(case: Case, key: jax.Array, impl: Impl) -> tuple:
     ranges = {"int4": (-7 if case.grid == "e2m1" else -8, 8), "uint4": (0, 16), "int8": (-128, 128)}
     w = jax.random.randint(kw, (*E, N, K), *ranges[case.weights], jnp.int8)
     zero = None
-    if case.zeros or case.weights == "uint4":
+    if case.zeros or (case.weights == "uint4" and case.grid == "int"):
         zero = jax.random.randint(kz, (*E, G, N), *ranges[case.weights], jnp.int8)
         zero = zero.astype(scale_dtype)
     return x, w.astype(case.weights), sizes, uniform(*E, G, N).astype(scale_dtype), zero

@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple
 import jax.numpy as jnp
 
 from pallas_kernels import checks
-from pallas_kernels.grids import GRIDS, Grid
+from pallas_kernels.grids import Grid, dtype_of
 from pallas_kernels.tuning import key, up_to
 
 BLOCK = 128  # of N and of K, under one scale of block e4m3
@@ -35,7 +35,7 @@ class Form(NamedTuple):
 def tuning_key(x_MK, w_ENK, E: int, scale, form: Form) -> str:
     """What decides tiles; of a stack w_ENK has more than E experts."""
     name = lambda a: "none" if a is None else jnp.dtype(a.dtype).name
-    w = name(w_ENK) if form.grid == "int" else form.grid
+    w = "e2m1" if form.grid == "e2m1" else name(w_ENK)
     return key(
         M=up_to(x_MK.shape[0]), E=E, N=w_ENK.shape[1], K=w_ENK.shape[2], form=form.kind,
         group=form.group, x=name(x_MK), w=w, scale=name(scale),
@@ -46,7 +46,8 @@ def form_of(x_MK, w_ENK, scale, zero, grid: Grid = "int") -> Form:
     """The form of checked weights; ValueError where scale, zero or grid does not fit it."""
     E, N, K = w_ENK.shape
     name = w_ENK.dtype.name
-    checks.check_one_of("grid", grid, GRIDS if name == "int4" else ("int",))
+    if grid != "int":
+        checks.check_dtype("w_ENK", w_ENK, (dtype_of(grid, zeros=zero is not None),))
     if zero is not None and (name not in ("uint4", "int8") or scale is None or scale.ndim != 3):
         raise ValueError(f"zero is given, but w_ENK is {name}; only uint4 and int8 in groups have")
     if w_ENK.dtype == x_MK.dtype:
@@ -77,8 +78,8 @@ def form_of(x_MK, w_ENK, scale, zero, grid: Grid = "int") -> Form:
     checks.check_shape("scale", scale, (E, G, N), why="groups of K before output channels")
     if G == 0 or K % G or K // G not in (*GROUPS, K):
         raise ValueError(f"scale has {G} groups for K = {K}; K/G must be 16, 32, 64, 128 or K")
-    if name == "uint4" and zero is None:
-        raise ValueError("zero is None; uint4 weights need one")
+    if name == "uint4" and zero is None and grid == "int":
+        raise ValueError("zero is None; uint4 integers need one")
     if zero is not None:
         checks.check_shape("zero", zero, (E, G, N), why="every scale has a zero")
         checks.check_dtype("zero", zero, (scale.dtype,))

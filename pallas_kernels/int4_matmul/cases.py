@@ -32,6 +32,13 @@ class Case(NamedTuple):
 
 
 F16, F32 = "float16", "float32"
+# Of bitsandbytes: quantiles of a normal distribution.
+NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
+    0.7229568362236023, 1.0,
+)  # fmt: skip
 # Tiles of one or two compute warpgroups: the interpreter gives each a thread that blocks, and
 # XLA's CPU client may have no more than four.
 ONE, TWO = Tiles(16, 1, 1, 128, 1, 2, 1, 1, True), Tiles(8, 2, 1, 128, 1, 2, 1, 1, True)
@@ -64,6 +71,8 @@ CASES = (
         "e2m1_scale_first_of_a_stack", 40, 128, 256, 32,
         grid="e2m1", layers=2, gpu_tiles=SCALE_FIRST, tpu_tiles=TPU_SCALE_FIRST,
     ),
+    Case("nf4", 9, 96, 192, 64, scale=F32, grid=NF4),
+    Case("nf4_f16_of_a_stack", 9, 96, 192, 64, F16, F16, grid=NF4, layers=2),
     Case("e2m1_group_16", 11, 128, 256, 16, grid="e2m1", gpu_tiles=ONE),
     Case(
         "e2m1_group_16_scale_first_f16", 38, 128, 128, 16, F16, F32,
@@ -102,6 +111,7 @@ MODEL_CASES = (
     Case("llama_8b_gate_up_2048_mxfp4", 2048, 28672, 4096, 32, grid="e2m1"),
     Case("llama_8b_down_nvfp4", 16, 4096, 14336, 16, grid="e2m1"),
     Case("llama_8b_gate_up_2048_nvfp4", 2048, 28672, 4096, 16, grid="e2m1"),
+    Case("llama_8b_down_nf4_of_32", 16, 4096, 14336, 64, grid=NF4, layers=32),
     Case("llama_8b_o_per_channel", 16, 4096, 4096, 4096),
 )
 
@@ -112,9 +122,9 @@ def inputs(case: Case, key: jax.Array, impl: Impl) -> tuple[jax.Array, ...]:
     M, N, K, G = case.M, case.N, case.K, case.K // case.group
     x_key, w_key, s_key, z_key = jax.random.split(key, 4)
     x_MK = jax.random.normal(x_key, (M, K), case.dtype)
-    signed = jnp.uint4 if case.zeros else jnp.int4
+    dtype = jnp.uint4 if case.zeros or isinstance(case.grid, tuple) else jnp.int4
     L = () if case.layers is None else (case.layers,)
-    w_NK = jax.lax.bitcast_convert_type(_nibbles(w_key, (*L, N, K)), signed)
+    w_NK = jax.lax.bitcast_convert_type(_nibbles(w_key, (*L, N, K)), dtype)
     if case.grid == "e2m1":  # whose least number is -7
         w_NK = jnp.maximum(w_NK.astype(jnp.int8), jnp.int8(-7)).astype(jnp.int4)
     amplitude = 1 / (K**0.5 * (6.5 if case.zeros else 4.6))  # for outputs of about 1
@@ -146,15 +156,21 @@ def call(
 
 
 def impls(case: Case, device: Device) -> tuple[Impl, ...]:
-    if device.platform == "tpu" and (case.N % 128 or case.K % 128):
+    if (
+        device.platform == "tpu"
+        and not isinstance(case.grid, tuple)
+        and (case.N % 128 or case.K % 128)
+    ):
         return ()
-    return (choose(device),)
+    return (choose(device, case.grid),)
 
 
 def work(case: Case) -> Work:
     M, N, K, G = case.M, case.N, case.K, case.K // case.group
     scales = G * N * jnp.dtype(case.scale).itemsize * (1 + case.zeros)
-    return Work(2 * M * N * K, N * K // 2 + (M * K + M * N) * 2 + scales, N * K * 2)
+    # Of codebooks XLA makes a copy.
+    copy = None if isinstance(case.grid, tuple) else N * K * 2
+    return Work(2 * M * N * K, N * K // 2 + (M * K + M * N) * 2 + scales, copy)
 
 
 def problem_of(case: Case) -> tiling.Problem:

@@ -63,7 +63,7 @@ def tuning_key(p: Problem) -> str:
     return key(
         M=up_to(p.M), N=p.N, K=p.K, group=p.K // p.G, x=jnp.dtype(p.x_dtype).name,
         scale=jnp.dtype(p.scale_dtype).name, zeros=int(p.zeros),
-        **{} if p.grid == "int" else {"grid": p.grid},
+        **{"grid": "e2m1"} if p.grid == "e2m1" else {},
     )  # fmt: skip
 
 

@@ -143,7 +143,9 @@ BAD = (
     ("zero", UINT4),
     ("zero", UINT4 | {"zero": S((2, 1, 128), BF16)}),
     ("zero", UINT4 | {"zero": S((2, 2, 128), jnp.float32)}),
-    ("grid", INT8 | {"grid": "e2m1"}),
+    ("w_ENK", INT8 | {"grid": "e2m1"}),
+    ("w_ENK", INT4 | {"grid": (1.0,) * 16}),
+    ("grid", UINT4 | {"grid": (1.0,) * 8}),
     ("grid", UINT4 | {"zero": S((2, 2, 128), BF16), "grid": "e2m1"}),
 )
 

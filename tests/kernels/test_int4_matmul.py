@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.cases import widened
 from pallas_kernels.devices import DEVICES
 from pallas_kernels.int4_matmul import int4_matmul, tiles
 from pallas_kernels.int4_matmul.cases import (
@@ -18,21 +19,30 @@ from pallas_kernels.int4_matmul.cases import (
     inputs,
     problem_of,
 )
-from tests.kernels.harness import check_case
+from tests.kernels.harness import assert_close, check_case
 
 CPU, H200, V6E = DEVICES["cpu"], DEVICES["h200"], DEVICES["v6e"]
 BY_NAME = {c.name: c for c in CASES}
+runs = lambda device, impl: [c for c in CASES if impl in impls(c, device)]
 PLAIN, ZEROS = BY_NAME["one_token"], BY_NAME["group_32_zeros"]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+@pytest.mark.parametrize("case", runs(H200, "mosaic_gpu"), ids=lambda c: c.name)
 def test_mosaic_gpu_equals_the_reference(case, keys):
     check_case("int4_matmul", case, "mosaic_gpu", next(keys))
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if impls(c, V6E)], ids=lambda c: c.name)
+@pytest.mark.parametrize("case", runs(V6E, "mosaic_tpu"), ids=lambda c: c.name)
 def test_mosaic_tpu_equals_the_reference(case, keys):
     check_case("int4_matmul", case, "mosaic_tpu", next(keys))
+
+
+@pytest.mark.parametrize("case", runs(H200, "xla"), ids=lambda c: c.name)
+def test_xla_equals_the_reference(case, keys):
+    assert impls(case, V6E) == impls(case, H200) == ("xla",)
+    args = inputs(case, next(keys), "xla")
+    run = lambda impl, device, args: jax.jit(call(case, impl, device))(*args)
+    assert_close(run("xla", H200, args), run("reference", CPU, widened(args)))
 
 
 @pytest.mark.parametrize("case", [PLAIN, ZEROS], ids=lambda c: c.name)
@@ -51,7 +61,9 @@ def test_the_reference_is_the_formula(case, keys):
 
 
 @pytest.mark.parametrize("device", [H200, DEVICES["h100"]], ids=lambda d: d.name)
-@pytest.mark.parametrize("case", MODEL_CASES, ids=lambda c: c.name)
+@pytest.mark.parametrize(
+    "case", [c for c in MODEL_CASES if "mosaic_gpu" in impls(c, H200)], ids=lambda c: c.name
+)
 def test_chosen_tiles_are_allowed_and_cheapest(case, device):
     found = candidates(case, device)
     problem = problem_of(case)
@@ -112,6 +124,8 @@ def test_wrong_arguments_are_named(message, unchecked):
         (Case("", 8, 192, 256, 128), V6E, "mosaic_tpu", "N is 192"),
         (Case("", 8, 128, 192, 64), V6E, "mosaic_tpu", "K is 192"),
         (PLAIN, H200, "xla", "impl is 'xla'"),
+        (BY_NAME["nf4"], H200, "mosaic_gpu", "impl is 'mosaic_gpu'"),
+        (PLAIN._replace(grid="e2m1", zeros=True), H200, "mosaic_gpu", "grid is 'e2m1', but zero"),
         (PLAIN._replace(dtype=F32), H200, "mosaic_gpu", "x_MK is float32"),
         (PLAIN._replace(layers=0), H200, "mosaic_gpu", "no axis may be 0"),
     ],
