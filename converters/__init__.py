@@ -135,8 +135,8 @@ class GGUFCheckpoint(Checkpoint):
     renamed: Mapping[str, TensorInfo]
 
     @cached_property
-    def tensors(self) -> Mapping[str, TensorInfo]:
-        return self.renamed
+    def _parts(self) -> tuple[Mapping[str, TensorInfo], tuple[LeftOut, ...]]:
+        return self.renamed, ()
 
 
 def read_tensor(info: TensorInfo) -> np.ndarray:

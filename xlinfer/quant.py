@@ -68,7 +68,7 @@ class OfStack:
     layer: Array
 
 
-KERNEL_GROUPS = (32, 64, 128)  # inputs under one scale that kernels take, or all inputs
+KERNEL_GROUPS = (16, 32, 64, 128)  # inputs under one scale that kernels take, or all inputs
 
 Experts = Array | OfStack | QTensor
 
@@ -215,10 +215,10 @@ def _quantized_experts(x_MK, weight: QTensor, size_E):
         expert_M = jnp.searchsorted(jnp.cumsum(size_E), jnp.arange(x_MK.shape[0]), side="right")
         order_MK = order_EK.at[expert_M].get(mode="clip")
         x_MK = jnp.take_along_axis(x_MK, order_MK, axis=1)
-    if has_kernel(weight, experts=True):
+    if has_kernel(weight):
         return grouped_matmul(
             x_MK, weight.data_NK, size_E, scale=weight.scale, zero=weight.zero_GN,
-            device=weight.device, impl=weight.impl, layer=weight.layer,
+            grid=_grid(weight.form), device=weight.device, impl=weight.impl, layer=weight.layer,
         )  # fmt: skip
     # One expert after another, so that one float matrix exists at a time.
     one = weight.sliced()
@@ -235,23 +235,18 @@ def _quantized_experts(x_MK, weight: QTensor, size_E):
     return lax.fori_loop(0, size_E.shape[0], add, y_MN)
 
 
-def has_kernel(weight: QTensor, *, experts: bool) -> bool:
-    """Whether a product reads the numbers as they lie; XLA makes others floats, a layer at a
-    time."""
+def has_kernel(weight: QTensor) -> bool:
+    """Whether an op reads the numbers as they lie; others become floats, a layer at a time."""
     form = weight.form
-    of_groups = form.scales == "group" and (
-        form.group in KERNEL_GROUPS or weight.scale.shape[-2] == 1
-    )
-    if form.grid != "int":
-        return False
-    match form.dtype:
-        case "int4" | "uint4":
-            return of_groups and form.zero == (form.dtype == "uint4")
-        case "int8":
-            return (form.scales == "channel" or (of_groups and not experts)) and not form.zero
-        case _:
-            static = form.input_scale and (experts or form.scales != "tensor")
-            return form.activations == "fp8" and form.scales != "group" and not static
+    if form.scales != "group":
+        return not form.input_scale or form.scales == "tensor" or form.dtype == "int8"
+    one_group = weight.scale.shape[-2] == 1
+    return form.dtype != "float8_e4m3fn" and (form.group in KERNEL_GROUPS or one_group)
+
+
+def _grid(form: Form) -> Any:
+    """As the ops name it."""
+    return TABLES[form.grid] if form.grid in TABLES else form.grid
 
 
 def _quantized(x_MK: Float[Array, "M K"], weight: QTensor) -> Float[Array, "M N"]:
@@ -259,23 +254,30 @@ def _quantized(x_MK: Float[Array, "M K"], weight: QTensor) -> Float[Array, "M N"
     from pallas_kernels.int4_matmul import int4_matmul
     from pallas_kernels.int8_matmul import int8_grouped_matmul, int8_matmul
 
-    form, given = weight.form, {"device": weight.device, "impl": weight.impl, "layer": weight.layer}
-    known = has_kernel(weight, experts=False)
-    if form.input_scale and not (known and form.activations == "fp8"):
+    form, w, scale = weight.form, weight.data_NK, weight.scale
+    given: dict[str, Any] = {
+        "device": weight.device, "impl": weight.impl, "layer": weight.layer,
+    }  # fmt: skip
+    # The ops round inputs by token, and by a scale of their own only e4m3 under one scale.
+    static = form.input_scale and not (form.activations == "fp8" and form.scales == "tensor")
+    if static:
         x_MK = _rounded(x_MK, weight)
-    if not known:
+    rounds = form.activations != "float" and not static
+    if not has_kernel(weight):
         return _dequantized(x_MK, weight.sliced())
     match form.dtype:
         case "int4" | "uint4":
-            return int4_matmul(x_MK, weight.data_NK, weight.scale, weight.zero_GN, **given)
+            return int4_matmul(x_MK, w, scale, weight.zero_GN, grid=_grid(form), **given)
         case "int8" if form.scales == "group":
-            return int8_grouped_matmul(x_MK, weight.data_NK, weight.scale, **given)
+            return int8_grouped_matmul(x_MK, w, scale, weight.zero_GN, **given)
         case "int8":
-            how = "int8" if form.activations == "int8" and not form.input_scale else "float"
-            return int8_matmul(x_MK, weight.data_NK, weight.scale, activations=how, **given)
+            return int8_matmul(x_MK, w, scale, activations="int8" if rounds else "float", **given)
         case _:
-            given["x_scale"] = weight.input_scale
-            return fp8_matmul(x_MK, weight.data_NK, weight.scale, **given)
+            how = "e4m3" if rounds else "float"
+            return fp8_matmul(
+                x_MK, w, scale, activations=how, x_scale=None if static else weight.input_scale,
+                **given,
+            )  # fmt: skip
 
 
 def _rounded(x_MK, weight: QTensor):
