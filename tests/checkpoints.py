@@ -55,11 +55,18 @@ QUANTIZED = {
     "gptq-v1-asym-actorder-g32": ("gptq", "llama"),
     "gptq-v1-sym-g32": ("gptq", "llama"),
     "mxfp4-gpt-oss": ("mxfp4", "gpt_oss"),
+    "gguf-q4_0": ("gguf", "llama"),
+    "gguf-q4_k_m": ("gguf", "llama"),
+    "gguf-q8_0": ("gguf", "llama"),
 }
+
+
+def quantized_golden(name: str) -> Path:
+    return (GOLDENS if name.startswith("gguf") else QUANTIZED_GOLDENS) / name
+
+
 # Read with text_only.
 MULTIMODAL = ("gemma3-images", "mistral3")
-# Format of weights -> a golden that has it, and the family of that; see docs/models.md.
-QUANTIZED: dict[str, tuple[str, str]] = {}
 EXPERTS: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3_moe": {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 12},

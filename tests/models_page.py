@@ -3,14 +3,22 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from converters import open_checkpoint, parse_config
+from converters import (
+    open_checkpoint,
+    parse_config,
+    read_config,
+    read_model,
+    read_scheme,
+    weight_forms,
+)
 from converters.families import FAMILIES
-from tests.checkpoints import EXPERTS, GOLDENS, MULTIMODAL, QUANTIZED, config
+from tests.checkpoints import EXPERTS, GOLDENS, MULTIMODAL, QUANTIZED, config, quantized_golden
 from tests.checkpoints import FAMILIES as GOLDEN_NAMES
 from tests.engine.test_engine import MULTIMODAL as ENGINE_MULTIMODAL
 from tests.engine.test_engine import QUICK
 from tests.engine.test_tensor_parallel import ATOL as SPLIT_ATOL
 from tests.engine.test_tensor_parallel import DEVICE_COUNTS as ENGINE_DEVICES
+from tests.models import test_quantized as quantized
 from tests.models.test_transformer import ATOL, DEVICE_COUNTS
 from xlinfer.config import ModelConfig
 
@@ -37,6 +45,18 @@ that transformers computes of it in float32 ([how](../tests/data/goldens/README.
 """
 
 
+FORMATS = """\
+## Formats
+
+Floats (F64, F32, F16, BF16) of every family. Quantized weights stay packed in memory, of every
+family whose matrices the format holds; these are tested against checkpoints that the formats' own
+libraries wrote ([how](../tests/data/quantized/README.md)), in both styles of config.json, and by
+packers of our own with hypothesis. Where weights alone are quantized, logits are those of the
+dequantized weights within {weights:g}; where inputs are rounded too, of inputs rounded alike,
+within a root mean square of {rounded:g}.
+"""
+
+
 def page() -> str:
     introduction = INTRODUCTION.format(
         command=COMMAND, logits=ATOL["golden"], scores=SPLIT_ATOL,
@@ -49,11 +69,29 @@ def page() -> str:
         *(of_transcribed(kind) for kind in sorted(transcribed())),
     ]
     formats = [
-        ("format", "golden", "of"),
-        ("float (F64, F32, F16, BF16)", "all of the above", "every family"),
-        *((name, folder, base) for name, (folder, base) in sorted(QUANTIZED.items())),
+        ("format", "golden", "of", "kept as", "logits", "engine", "devices"),
+        *(of_format(name) for name in sorted(QUANTIZED, key=lambda name: QUANTIZED[name])),
     ]
-    return "\n".join((introduction, table(families), "", "## Formats", "", table(formats), ""))
+    about = FORMATS.format(weights=quantized.ATOL, rounded=quantized.ATOL_RMS)
+    return "\n".join((introduction, table(families), "", about, table(formats), ""))
+
+
+def of_format(name: str) -> tuple[str, ...]:
+    """Of a quantized golden."""
+    path, (written, family) = quantized_golden(name), QUANTIZED[name]
+    document = read_config(path)
+    config = read_model(path / "config.json", document)
+    forms = weight_forms(config, read_scheme("config.json", document), "config.json")
+    kept = dict.fromkeys(form.describe() for form in forms.values())
+    if name not in quantized.WEIGHTS_ONLY:
+        engine = "no"
+    else:
+        engine = "always" if name in quantized.QUICK else "slow"
+    return (
+        written, name, f"`{family}`", "; ".join(kept),
+        "inputs rounded" if name in quantized.ROUNDED_INPUTS else "weights alone", engine,
+        counted((1, *quantized.DEVICE_COUNTS)) if name in quantized.SPLIT else "1",
+    )  # fmt: skip
 
 
 def of_golden(name: str) -> tuple[str, ...]:

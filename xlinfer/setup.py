@@ -21,6 +21,7 @@ from converters import (
 )
 from converters import read_config as read_folder
 from converters.errors import read_object
+from converters.formats.gguf import find_gguf
 from converters.formats.packing import OnLoad
 from pallas_kernels.devices import DEVICES, Device, device_of_kind
 from xlinfer.config import ModelConfig
@@ -54,9 +55,11 @@ class Setup:
 
 
 def read_config(model: str | Path, *, text_only: bool) -> Mapping[str, Any]:
-    """config.json of the folder `model`, or that file itself; with `text_only` its text model's.
-    Raises CheckpointError."""
+    """config.json of the folder `model`, or that file itself, or what a GGUF amounts to; with
+    `text_only` its text model's. Raises CheckpointError."""
     path = Path(model).expanduser()
+    if path.exists() and find_gguf(path) is not None:
+        return read_folder(path)
     file = path if path.is_file() else path / "config.json"
     if not file.is_file():
         raise CheckpointError(
@@ -75,6 +78,8 @@ def dtype_of(config: Mapping[str, Any], asked: str, target: Target) -> str:
     own = config.get("dtype") or config.get("torch_dtype") or "float32"
     if target.chip.platform == "cpu":
         return "float32"
+    if own == "float32" and read_scheme("config.json", config) is not None:
+        return "bfloat16"  # there are no products of packed weights in 32 bits
     if own not in DTYPES:
         raise CheckpointError(
             f"config.json: dtype {own!r} is not one of {', '.join(DTYPES)}; name a --dtype"

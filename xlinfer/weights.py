@@ -83,6 +83,8 @@ def load_model(
     if kept is None:
         on_cpu = mesh.devices.flat[0].platform == "cpu"
         kept = DTYPES["float32"] if on_cpu else stored_dtype(checkpoint)
+        if checkpoint.scheme is not None and kept == np.float32 and not on_cpu:
+            kept = DTYPES["bfloat16"]  # there are no products of packed weights in 32 bits
     if quantization is not None and checkpoint.scheme is not None:
         raise ValueError(
             f"quantization={quantization}: {checkpoint.path} is quantized already "

@@ -10,8 +10,8 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
-from converters import open_checkpoint, read_config, read_scheme, weight_forms
-from tests.checkpoints import QUANTIZED, QUANTIZED_GOLDENS
+from converters import read_config, read_model, read_scheme, weight_forms
+from tests.checkpoints import QUANTIZED, quantized_golden
 from xlinfer.engine.engine import Engine
 from xlinfer.mesh import make_mesh
 from xlinfer.quant import QTensor
@@ -25,7 +25,9 @@ ATOL_RMS = 5e-3
 ROUNDED_INPUTS = ("ct-fp8-dynamic", "ct-w8a8-int8-dynamic", "fp8-block-qwen3")
 # The others' golden tokens are those of inputs that are not rounded.
 WEIGHTS_ONLY = [n for n in QUANTIZED if n not in ROUNDED_INPUTS]
-QUICK = ("gptq-v1-asym-actorder-g32", "mxfp4-gpt-oss")
+SPLIT = ("ct-w4a16-sym-g32", "gptq-v1-asym-actorder-g32", "mxfp4-gpt-oss")
+DEVICE_COUNTS = (2, 4)
+QUICK = ("gptq-v1-asym-actorder-g32", "mxfp4-gpt-oss", "gguf-q4_k_m")
 
 
 def logits_differ(model, golden) -> tuple[float, float]:
@@ -44,21 +46,26 @@ def held(model) -> dict[tuple, QTensor]:
 @pytest.mark.parametrize("name", QUANTIZED)
 def test_logits_are_those_of_the_dequantized_weights(name, style, tmp_path):
     folder = tmp_path / name
-    shutil.copytree(QUANTIZED_GOLDENS / name, folder)
-    (folder / style).rename(folder / "config.json")
+    shutil.copytree(quantized_golden(name), folder)
+    if QUANTIZED[name][0] != "gguf":
+        (folder / style).rename(folder / "config.json")
+    elif style == "config_v4.json":
+        return  # a GGUF has no config.json of either style
     golden = load_file(folder / "golden.safetensors")
     model = load_model(folder)
     largest, rms = logits_differ(model, golden)
     assert rms < ATOL_RMS if "logits_act" in golden else largest < ATOL
-    experts = 2 if QUANTIZED[name][1] == "gpt_oss" else 7
-    assert len(held(model)) == experts, "they stay packed"
+    # gpt-oss: its experts alone; GGUF: embedding and head too, and Q4_K_M in two stacks.
+    count = {"mxfp4-gpt-oss": 2, "gguf-q4_k_m": 16, "gguf-q4_0": 9, "gguf-q8_0": 9}.get(name, 7)
+    assert len(held(model)) == count, "they stay packed"
 
 
 @pytest.mark.parametrize("name", QUANTIZED)
 def test_the_plan_knows_the_forms_without_the_weights(name):
-    folder = QUANTIZED_GOLDENS / name
-    scheme = read_scheme("config.json", read_config(folder))
-    forms = weight_forms(open_checkpoint(folder).config, scheme, "config.json")
+    folder = quantized_golden(name)
+    document = read_config(folder)
+    config = read_model(folder / "config.json", document)
+    forms = weight_forms(config, read_scheme("config.json", document), "config.json")
     assert forms == {path: q.form for path, q in held(load_model(folder)).items()}
 
 
@@ -67,8 +74,8 @@ def test_the_plan_knows_the_forms_without_the_weights(name):
     [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in WEIGHTS_ONLY],
 )
 def test_greedy_tokens_through_the_engine(name):
-    golden = load_file(QUANTIZED_GOLDENS / name / "golden.safetensors")
-    model = load_model(QUANTIZED_GOLDENS / name)
+    golden = load_file(quantized_golden(name) / "golden.safetensors")
+    model = load_model(quantized_golden(name))
     engine = Engine(model, max_num_seqs=2, max_num_batched_tokens=16, max_model_len=64, page_size=4)
     greedy = SamplingParams(temperature=0, max_tokens=8)
     for i, prompt in enumerate(golden["input_ids"].tolist()):
@@ -82,11 +89,11 @@ def test_greedy_tokens_through_the_engine(name):
     assert [tokens["0"], tokens["1"]] == golden["greedy"].tolist()
 
 
-@pytest.mark.parametrize("name", ["ct-w4a16-sym-g32", "gptq-v1-asym-actorder-g32", "mxfp4-gpt-oss"])
-@pytest.mark.parametrize("devices", [2, 4])
+@pytest.mark.parametrize("name", SPLIT)
+@pytest.mark.parametrize("devices", DEVICE_COUNTS)
 def test_logits_on_several_devices(name, devices):
-    golden = load_file(QUANTIZED_GOLDENS / name / "golden.safetensors")
-    model = load_model(QUANTIZED_GOLDENS / name, mesh=make_mesh(devices))
+    golden = load_file(quantized_golden(name) / "golden.safetensors")
+    model = load_model(quantized_golden(name), mesh=make_mesh(devices))
     largest, _ = logits_differ(model, golden)
     assert largest < ATOL
     for path, q in held(model).items():

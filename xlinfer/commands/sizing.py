@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from converters import parse_config
+from converters import read_model
 from xlinfer.commands.costs import rates_of, work_of
 from xlinfer.deployment import CPU_CACHE_BYTES, Deployment, Sizes
 from xlinfer.plan import Memory, PlanError, pages_for
@@ -105,7 +105,7 @@ def plan_for(wish: Wish) -> Planned:
     Raises CheckpointError, TargetError, or ValueError for what does not go together.
     """
     target = find_target(wish.target)
-    parse_config(Path(wish.model), read_config(wish.model, text_only=wish.text_only))
+    read_model(Path(wish.model), read_config(wish.model, text_only=wish.text_only))
     if wish.tensor_parallel_size is not None:
         return _planned(_setup_of(wish, wish.tensor_parallel_size), target)
     best, most, largest = None, 0.0, None

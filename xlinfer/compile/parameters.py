@@ -17,7 +17,12 @@ def write_parameters(directory: Path, arrays: Mapping[str, jax.Array]) -> None:
     import orbax.checkpoint as ocp
 
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(directory.absolute(), dict(arrays))
+        checkpointer.save(directory.absolute(), {n: _storable(x) for n, x in arrays.items()})
+
+
+def _storable(x: jax.Array) -> jax.Array:
+    """uint4, which Orbax cannot write, as int4 of the same bits."""
+    return jax.lax.bitcast_convert_type(x, "int4") if x.dtype == "uint4" else x
 
 
 def read_parameters(
@@ -44,12 +49,14 @@ def read_parameters(
                 held = future.result()
             except ValueError as error:
                 raise ValueError(f"{directory}: {name} cannot be read: {error}") from None
-            if held.shape != p.shape or held.dtype.numpy_dtype != p.dtype:
+            dtype = np.dtype(p.dtype)
+            stored = np.dtype("int4") if dtype == "uint4" else dtype
+            if held.shape != p.shape or held.dtype.numpy_dtype != stored:
                 raise ValueError(
                     f"{directory}: {name} is {held.dtype.name}{list(held.shape)}; it must be "
                     f"{p.dtype.name}{list(p.shape)}"
                 )
-            read = lambda index, held=held: np.asarray(held[index].read().result())
+            read = lambda i, held=held, d=dtype: np.asarray(held[i].read().result()).view(d)
             assert p.sharding is not None
             arrays.append(jax.make_array_from_callback(p.shape, p.sharding, read))
             done += p.size * p.dtype.itemsize
