@@ -28,7 +28,9 @@ def choose_tiles(x_MK, w_ENK, E: int, scale, zero, form: Form, device: Device) -
     """What seems best for x's rows spread evenly over the experts; not measured."""
     M, N = x_MK.shape[0], w_ENK.shape[1]
     # Few rows that start anywhere within 8 reach into a second eight.
-    most = 64 if form.in_groups and form.group == 16 else 128  # else registers spill
+    # Where more rows would spill registers.
+    narrow = 16 if form.kind == "int4" else 32
+    most = 64 if form.in_groups and form.group <= narrow else 128
     rows = min(max(16, 1 << (-(-M // E) + 6).bit_length()), most)
     many = rows >= 64
     cols = 128 if form.kind == "float" and many and N >= 256 else 64
