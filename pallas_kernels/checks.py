@@ -46,3 +46,13 @@ def check_below(name: str, x: Any, limit: int, *, why: str) -> None:
     wrong = values[(values < 0) | (values >= limit)]
     if wrong.size:
         raise ValueError(f"{name} has {wrong.flat[0]}; it must be in 0 to {limit - 1}: {why}")
+
+
+def check_distance_bias(bias_NX: Any, N: int) -> None:
+    """A number for each query head and each distance from -M to M, X being 2 M + 1."""
+    name = "distance_bias_NX"
+    check_dtype(name, bias_NX, ("float32",))
+    check_rank(name, bias_NX, 2)
+    if bias_NX.shape[1] % 2 == 0:
+        raise ValueError(f"{name} has {bias_NX.shape[1]} distances; they must be 2 M + 1: -M to M")
+    check_shape(name, bias_NX, (N, bias_NX.shape[1]), why="a row for each query head")

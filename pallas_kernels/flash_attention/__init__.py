@@ -11,7 +11,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.checks import check_dtype, check_one_of, check_rank, check_shape
+from pallas_kernels.checks import (
+    check_distance_bias,
+    check_dtype,
+    check_one_of,
+    check_rank,
+    check_shape,
+)
 from pallas_kernels.devices import Device, Impl, mosaic
 from pallas_kernels.flash_attention import cudnn, reference
 
@@ -27,12 +33,13 @@ DTYPES: Mapping[Impl, tuple[str, ...]] = {
 }
 
 
-def choose(device: Device, *, H: int, V: int, dtype: Any) -> Impl:
+def choose(device: Device, *, H: int, V: int, dtype: Any, distance_bias: bool = False) -> Impl:
     """What the op runs on `device`: its Mosaic kernel if that takes these head_dims and q's dtype,
-    else the reference. cuDNN would need a measurement that says so."""
+    else the reference, which alone adds a bias by distance. cuDNN would need a measurement that
+    says so."""
     impl = mosaic(device)
     taken = H in HEAD_DIMS and V in HEAD_DIMS and jnp.dtype(dtype).name in DTYPES[impl]
-    return impl if taken else "reference"
+    return impl if taken and not distance_bias else "reference"
 
 
 def flash_attention(
@@ -46,6 +53,7 @@ def flash_attention(
     softcap: float | None = None,
     sinks_N: Float[Array, " N"] | None = None,
     alibi_N: Float[Array, " N"] | None = None,
+    distance_bias_NX: Float[Array, "N X"] | None = None,
     lengths_B: Int[Array, " B"] | None = None,
     device: Device,
     impl: Impl | None = None,
@@ -57,28 +65,32 @@ def flash_attention(
     A query sees the keys up to itself, of those the `window` latest (an int, an int32 scalar, or
     None for all), or with `causal=False` every key of its row. A logit s is scaled, becomes
     softcap·tanh(s/softcap) where `softcap` is given, and gains alibi_N[n]·(key position - query
-    position), at most 0 for slopes above it. exp(sinks_N[n]) joins the softmax's denominator.
-    Sinks and slopes are float32; so is the softmax.
+    position), at most 0 for slopes above it. With X = 2 M + 1 it gains distance_bias_NX[n, M + d]
+    too, d being key position - query position, cut to -M and M. exp(sinks_N[n]) joins the softmax's
+    denominator. Sinks, slopes and biases are float32; so is the softmax.
 
     Row b has lengths_B[b] tokens (int32; None: all T). What follows is padding: finite, never
     seen, and its outputs are zeros.
 
     bfloat16 or float16, with float32 too as `reference` and `mosaic_tpu`. The kernels take H and
     V of 64, 80, 96, 128, 192 and 256; `cudnn` takes neither softcap, sinks, slopes nor a traced
-    window. `impl` None is `choose(device, ...)`; a named one never falls back to another.
-    `tiles` are the kernel's Tiles, None for its own choice. ValueError names the argument at
-    fault.
+    window, and no kernel a bias by distance. `impl` None is `choose(device, ...)`; a named one
+    never falls back to another. `tiles` are the kernel's Tiles, None for its own choice. ValueError
+    names the argument at fault.
 
     grad and jvp of `reference` are jax's own. A kernel's grad is the gradient of the reference at
     the same arguments: right, O(T) in memory, and not fast; it has no jvp. vmap works for all,
     the batch axis B being the better way for a kernel.
     """
-    _check(q_BTNH, k_BTKH, v_BTKV, sinks_N, alibi_N, lengths_B)
+    _check(q_BTNH, k_BTKH, v_BTKV, sinks_N, alibi_N, distance_bias_NX, lengths_B)
     _check_options(scale=scale, window=window, causal=causal, softcap=softcap)
     H, V = q_BTNH.shape[-1], v_BTKV.shape[-1]
-    impl = impl or choose(device, H=H, V=V, dtype=q_BTNH.dtype)
+    biased = distance_bias_NX is not None
+    impl = impl or choose(device, H=H, V=V, dtype=q_BTNH.dtype, distance_bias=biased)
     check_one_of("impl", impl, _allowed(device))
     check_dtype("q_BTNH", q_BTNH, DTYPES[impl])
+    if biased and impl != "reference":
+        raise ValueError(f"distance_bias_NX is given; impl {impl} takes none, the reference does")
     if impl in ("mosaic_gpu", "mosaic_tpu"):
         check_one_of("H", H, HEAD_DIMS)
         check_one_of("V", V, HEAD_DIMS)
@@ -103,7 +115,7 @@ def flash_attention(
         return attend(q, k, v, window=window if constant else traced, **options, **rest, **how)
 
     if impl == "reference":
-        return run(reference.attend, arrays)
+        return run(reference.attend, arrays, distance_bias_NX=distance_bias_NX)
     # Pallas takes a third of a second to import, and the reference needs none of it.
     kernel = import_module(f"pallas_kernels.flash_attention.{impl}")
 
@@ -136,7 +148,7 @@ def _allowed(device: Device) -> tuple[Impl, ...]:
     return ("reference", *dict.fromkeys((mosaic(device), *rivals)))
 
 
-def _check(q_BTNH, k_BTKH, v_BTKV, sinks_N, alibi_N, lengths_B) -> None:
+def _check(q_BTNH, k_BTKH, v_BTKV, sinks_N, alibi_N, distance_bias_NX, lengths_B) -> None:
     for name, x in (("q_BTNH", q_BTNH), ("k_BTKH", k_BTKH), ("v_BTKV", v_BTKV)):
         check_rank(name, x, 4)
         check_dtype(name, x, FLOATS)
@@ -153,6 +165,8 @@ def _check(q_BTNH, k_BTKH, v_BTKV, sinks_N, alibi_N, lengths_B) -> None:
         if x is not None:
             check_dtype(name, x, ("float32",))
             check_shape(name, x, (N,), why="one number for each query head")
+    if distance_bias_NX is not None:
+        check_distance_bias(distance_bias_NX, N)
     if lengths_B is not None:
         check_dtype("lengths_B", lengths_B, ("int32",))
         check_shape("lengths_B", lengths_B, (B,), why="one length for each row")

@@ -15,8 +15,9 @@ FLOOR = -1e20  # where a row's largest logit starts: a masked one never comes ne
 
 
 def definition(
-    q_BTNH, k_BTKH, v_BTKV, *, scale, causal, window, softcap, sinks_N, alibi_N, lengths_B
-):
+    q_BTNH, k_BTKH, v_BTKV, *, scale, causal, window, softcap, sinks_N, alibi_N, lengths_B,
+    distance_bias_NX=None,
+):  # fmt: skip
     """Softmax over every key, masked."""
     (B, T, N, H), (K, V) = q_BTNH.shape, v_BTKV.shape[2:]
     q_BTKGH, k_BTKH, v_BTKV = (
@@ -26,7 +27,7 @@ def definition(
     length_B = jnp.full((B,), T) if lengths_B is None else lengths_B
     pos_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
     seen_Bts = _seen(pos_BT[0], pos_BT[0], length_B, causal, window)
-    s_BKGts = _adjust(s_BKGts, pos_BT[0], pos_BT[0], softcap, alibi_N)
+    s_BKGts = _adjust(s_BKGts, pos_BT[0], pos_BT[0], softcap, alibi_N, distance_bias_NX)
     sinks_KG = None if sinks_N is None else sinks_N.reshape(1, K, N // K, 1, 1)
     s_BKGts = jnp.where(seen_Bts[:, None, None], s_BKGts, MASKED)
     if sinks_KG is not None:  # one more key, whose value is zero
@@ -38,7 +39,10 @@ def definition(
     return jnp.where(valid_BT[..., None, None], o_BTNV, 0.0).astype(q_BTNH.dtype)
 
 
-def attend(q_BTNH, k_BTKH, v_BTKV, *, scale, causal, window, softcap, sinks_N, alibi_N, lengths_B):
+def attend(
+    q_BTNH, k_BTKH, v_BTKV, *, scale, causal, window, softcap, sinks_N, alibi_N, lengths_B,
+    distance_bias_NX=None,
+):  # fmt: skip
     """Equal to `definition`, differentiable, and under vmap."""
     (B, T, N, H), (K, V) = q_BTNH.shape, v_BTKV.shape[2:]
     G, block = N // K, min(BLOCK, T)
@@ -72,7 +76,7 @@ def attend(q_BTNH, k_BTKH, v_BTKV, *, scale, causal, window, softcap, sinks_N, a
         def visit(carry, k_BKsH, v_BKsV, key_s):
             peak, total, o_BKGtV = carry
             s = jnp.einsum("BKGtH,BKsH->BKGts", q_BKGtH, k_BKsH.astype(jnp.float32))
-            s = _adjust(s, query_t, key_s, softcap, alibi_N)
+            s = _adjust(s, query_t, key_s, softcap, alibi_N, distance_bias_NX)
             seen = _seen(query_t, key_s, length_B, causal, window)[:, None, None]
             s = jnp.where(seen, s, MASKED)
             new_peak = jnp.maximum(peak, lax.stop_gradient(s).max(-1, keepdims=True))
@@ -118,12 +122,17 @@ def _seen(query_t, key_s, length_B, causal, window):
     return seen_ts[None] & (key_s[None, None] < length_B[:, None, None])
 
 
-def _adjust(s_BKGts, query_t, key_s, softcap, alibi_N):
-    """Scaled logits under the cap and with the slopes added."""
+def _adjust(s_BKGts, query_t, key_s, softcap, alibi_N, distance_bias_NX):
+    """Scaled logits under the cap, with the slopes and the table's numbers added."""
     if softcap is not None:
         s_BKGts = softcap * jnp.tanh(s_BKGts / softcap)
     if alibi_N is not None:
         slope_KG11 = alibi_N.reshape(*s_BKGts.shape[1:3], 1, 1)
         ahead_ts = (key_s[None] - query_t[:, None]).astype(jnp.float32)
         s_BKGts = s_BKGts + (slope_KG11 * ahead_ts[None, None])[None]
+    if distance_bias_NX is not None:
+        farthest = distance_bias_NX.shape[1] // 2
+        ahead_ts = jnp.clip(key_s[None] - query_t[:, None], -farthest, farthest)
+        bias_KGX = distance_bias_NX.reshape(*s_BKGts.shape[1:3], -1)
+        s_BKGts = s_BKGts + bias_KGX[:, :, ahead_ts + farthest][None]
     return s_BKGts

@@ -24,8 +24,12 @@ DTYPES = (jnp.bfloat16, jnp.float16, FP8)
 MOST_GROUP = 64  # query heads of a kv head
 
 
-def refuse(*, page_size: int, head_dim: int, dtype: Any) -> str | None:
-    """Why the kernels do not take such a cache; None: they do."""
+def refuse(
+    *, page_size: int, head_dim: int, dtype: Any, distance_bias: bool, apart: bool
+) -> str | None:
+    """Why the kernels do not take such a cache, or what they are to do with it; None: they do."""
+    if distance_bias:
+        return "they add no bias by distance (distance_bias_NX), as the reference does"
     if page_size not in PAGE_SIZES:
         return f"page_size is {page_size}; it must be one of {PAGE_SIZES}"
     if head_dim % 16 or not 64 <= head_dim <= 256:
@@ -40,20 +44,36 @@ def write_and_attend(
     decode_only, softcap, sinks_N, alibi_N, kv_scales, device: Device, interpret: Any,
     tiles: PhaseTiles,
 ):  # fmt: skip
-    (T, N, H), K = q_TNH.shape, k_TKH.shape[1]
+    pages = write(k_TKH, v_TKH, pages, layer, page_T, slot_T, kv_scales)
+    o_TNH = attend(
+        q_TNH, pages, layer, ragged, window=window, scale=scale, decode_only=decode_only,
+        softcap=softcap, sinks_N=sinks_N, alibi_N=alibi_N, kv_scales=kv_scales, device=device,
+        interpret=interpret, tiles=tiles,
+    )  # fmt: skip
+    return o_TNH, pages
+
+
+def write(k_TKH, v_TKH, pages: Pages, layer, page_T, slot_T, kv_scales) -> Pages:
+    new = stored(k_TKH, v_TKH, pages.k_LPKSH.dtype, kv_scales)
+    # Padding tokens share a place, but nobody reads it: the others' are unique, and plain stores
+    # are many times faster than the atomic ones that XLA otherwise makes of a scatter.
+    put = lambda cache, x_TKH: cache.at[layer, page_T, :, slot_T].set(
+        x_TKH, mode="promise_in_bounds", unique_indices=True
+    )
+    return Pages(*map(put, pages, new))
+
+
+def attend(
+    q_TNH, pages: Pages, layer, ragged: Ragged, *, window, scale, decode_only, softcap, sinks_N,
+    alibi_N, kv_scales, device: Device, interpret: Any, tiles: PhaseTiles,
+):  # fmt: skip
+    (T, N, H), K = q_TNH.shape, pages.k_LPKSH.shape[2]
     G = N // K
     if G > MOST_GROUP:
         raise ValueError(
             f"q_TNH has {G} heads for each kv head; impl mosaic_gpu takes up to {MOST_GROUP}"
         )
     kv_dtype = pages.k_LPKSH.dtype
-    new = stored(k_TKH, v_TKH, kv_dtype, kv_scales)
-    # Padding tokens share a place, but nobody reads it: the others' are unique, and plain stores
-    # are many times faster than the atomic ones that XLA otherwise makes of a scatter.
-    put = lambda cache, x_TKH: cache.at[layer, page_T, :, slot_T].set(
-        x_TKH, mode="promise_in_bounds", unique_indices=True
-    )
-    pages = Pages(*map(put, pages, new))
     shape = Shape(N, K, H, pages.k_LPKSH.shape[3], q_TNH.dtype, kv_dtype)
     q_TKGH = _queries(q_TNH, K, compute_dtype(kv_dtype))
     heads_KG4 = _per_head(N, K, scale, kv_scales, sinks_N, alibi_N)
@@ -68,7 +88,7 @@ def write_and_attend(
         G=G, tiles=tiles.decode or best_decode(shape, R, device), **options,
     )  # fmt: skip
     if decode_only:
-        return o_RNH, pages
+        return o_RNH
     q_KXH = jnp.pad(
         q_TKGH.transpose(1, 0, 2, 3).reshape(K, T * G, H), ((0, 0), (0, TILE + -T * G % 8), (0, 0))
     )
@@ -80,7 +100,7 @@ def write_and_attend(
     # barrier XLA tries to fuse the update with the kernel's call, and fails.
     o_TNH = jax.lax.optimization_barrier(o_TNH)
     decoded_R = jnp.arange(R) < ragged.num_decodes
-    return o_TNH.at[:R].set(jnp.where(decoded_R[:, None, None], o_RNH, o_TNH[:R])), pages
+    return o_TNH.at[:R].set(jnp.where(decoded_R[:, None, None], o_RNH, o_TNH[:R]))
 
 
 def _queries(q_TNH: jax.Array, K: int, dtype: Any) -> jax.Array:

@@ -40,8 +40,14 @@ MAX_HEAD_DIM = 256
 MAX_TABLE = 2**17  # entries of the page table: half a MiB of SMEM, which has one
 
 
-def refuse(*, page_size: int, head_dim: int, dtype: Any) -> str | None:
-    """Why this kernel does not take a cache, or None."""
+def refuse(
+    *, page_size: int, head_dim: int, dtype: Any, distance_bias: bool, apart: bool
+) -> str | None:
+    """Why this kernel does not take a cache, or what it is to do with it; None: it does."""
+    if distance_bias:
+        return "it adds no bias by distance (distance_bias_NX), as the reference does"
+    if apart:
+        return "it writes keys and values as it attends to them, and neither alone"
     if page_size < 8 or page_size & (page_size - 1):
         return f"page_size is {page_size}; it must be a power of two from 8"
     if head_dim > MAX_HEAD_DIM:

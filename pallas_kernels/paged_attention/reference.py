@@ -39,7 +39,7 @@ def stored(k_TKH, v_TKH, dtype, kv_scales):
 
 def definition(
     q_TNH, k_LPKSH, v_LPKSH, layer, pages_RM, kv_len_R, start_R, num_decodes, num_rows, *,
-    window, scale, softcap=None, sinks_N=None, alibi_N=None, kv_scales=None,
+    window, scale, softcap=None, sinks_N=None, alibi_N=None, distance_bias_NX=None, kv_scales=None,
 ):  # fmt: skip
     """Every token against every row's whole cache, masked to its own."""
     (T, N, H), (K, S), (R, M) = q_TNH.shape, k_LPKSH.shape[2:4], pages_RM.shape
@@ -62,6 +62,10 @@ def definition(
         s_TKGn = softcap * jnp.tanh(s_TKGn / softcap)
     if alibi_N is not None:
         s_TKGn -= alibi_N.reshape(1, K, -1, 1) * behind_Tn[:, None, None].astype(jnp.float32)
+    if distance_bias_NX is not None:
+        farthest = distance_bias_NX.shape[1] // 2
+        bias_NTn = distance_bias_NX[:, jnp.clip(-behind_Tn, -farthest, farthest) + farthest]
+        s_TKGn += jnp.moveaxis(bias_NTn.reshape(K, N // K, T, M * S), 2, 0)
     seen_T11n = ((behind_Tn >= 0) & (behind_Tn < window))[:, None, None]
     s_TKGn = jnp.where(seen_T11n, s_TKGn, -jnp.inf)
     sink_TKG1 = jnp.full((T, K, N // K, 1), -jnp.inf)
@@ -74,7 +78,8 @@ def definition(
 
 def attend(
     q_TNH, k_LPKSH, v_LPKSH, layer, pages_RM, kv_len_R, start_R, num_decodes, num_rows, *,
-    window, scale, decode_only, softcap=None, sinks_N=None, alibi_N=None, kv_scales=None,
+    window, scale, decode_only, softcap=None, sinks_N=None, alibi_N=None, distance_bias_NX=None,
+    kv_scales=None,
 ):  # fmt: skip
     """Equal to `definition` on every token that is not padding."""
     (T, N, H), (K, S), M = q_TNH.shape, k_LPKSH.shape[2:4], pages_RM.shape[1]
@@ -87,7 +92,8 @@ def attend(
     # A constant layer would make XLA copy that whole layer of the cache before it gathers.
     layer = lax.optimization_barrier(layer)
     per_head = lambda x_N: None if x_N is None else x_N.reshape(K, N // K, 1, 1)
-    options = (window, softcap, per_head(sinks_N), per_head(alibi_N))
+    bias_KGX = None if distance_bias_NX is None else distance_bias_NX.reshape(K, N // K, -1)
+    options = (window, softcap, per_head(sinks_N), per_head(alibi_N), bias_KGX)
     cache = (k_LPKSH, v_LPKSH, layer, per_block, options)
     o_TKGH = jnp.zeros(q_TKGH.shape, jnp.float32)
     o_TKGH = _decode_rows(o_TKGH, q_TKGH, cache, pages_RM, kv_len_R, num_decodes)
@@ -142,7 +148,8 @@ def _prefill_rows(o_TKGH, q_TKGH, cache, pages_RM, kv_len_R, start_R, num_decode
 def _blocks(q_rqKGH, pos_rq, cache, pages_rM):
     """Online softmax over the cached blocks of r rows with q queries each, at `pos_rq`;
     a negative position sees nothing and gives zeros."""
-    k_LPKSH, v_LPKSH, layer, per_block, (window, softcap, sinks_KG11, alibi_KG11) = cache
+    k_LPKSH, v_LPKSH, layer, per_block, options = cache
+    window, softcap, sinks_KG11, alibi_KG11, bias_KGX = options
     (r, q, K, G, H), S = q_rqKGH.shape, k_LPKSH.shape[3]
     size = per_block * S
     q_rKGqH = jnp.moveaxis(q_rqKGH, 1, 3)
@@ -161,6 +168,10 @@ def _blocks(q_rqKGH, pos_rq, cache, pages_rM):
             s_rKGqn = softcap * jnp.tanh(s_rKGqn / softcap)
         if alibi_KG11 is not None:
             s_rKGqn -= alibi_KG11[None] * behind_rqn[:, None, None].astype(jnp.float32)
+        if bias_KGX is not None:
+            farthest = bias_KGX.shape[-1] // 2
+            ahead_rqn = jnp.clip(-behind_rqn, -farthest, farthest)
+            s_rKGqn += jnp.moveaxis(bias_KGX[:, :, ahead_rqn + farthest], 2, 0)
         seen = ((behind_rqn >= 0) & (behind_rqn < window))[:, None, None]
         s_rKGqn = jnp.where(seen, s_rKGqn, MASKED)
         new_peak = jnp.maximum(peak, s_rKGqn.max(-1, keepdims=True))

@@ -178,7 +178,7 @@ def test_a_token_of_the_usual_shapes_has_no_padding(size):
 def test_caches_are_refused_by_name_and_left_to_the_reference(changed, named):
     cache = {"page_size": 64, "head_dim": 128, "dtype": jnp.bfloat16}
     assert all(choose(device, **cache) == "mosaic_tpu" for device in TPUS)
-    refusal = mosaic_tpu.refuse(**{**cache, **changed})
+    refusal = mosaic_tpu.refuse(**{**cache, **changed}, distance_bias=False, apart=False)
     assert refusal is not None and named in refusal
     assert choose(V6E, **{**cache, **changed}) == "reference"
 
