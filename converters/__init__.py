@@ -85,16 +85,21 @@ class Checkpoint:
         by `scheme`, or the checkpoint's own where None.
 
         Raises CheckpointError unless each tensor has one place, each parameter its tensors, and
-        all shapes and dtypes fit; and when a tied head is there and is not the embedding.
+        all shapes and dtypes fit; and when a copy, such as a tied head, is there and is none.
         """
         family, tensors = FAMILIES[self.config.model_type], self.tensors
         if not any(name.startswith(family.prefix) for name in tensors):
             tensors = {family.prefix + name: info for name, info in tensors.items()}
-        copies = family.copies if self.config.tie_word_embeddings else {}
+        rules = tuple(
+            rule
+            for rule in parameter_rules(self.config, kv_replicas)
+            if not all(name in family.zeros and name not in tensors for name in rule.sources)
+        )
+        placed = {name for rule in rules for name in rule.sources}
+        copies = {name: of for name, of in family.copies.items() if name not in placed}
         for name, original in copies.items():
             if name in tensors and original in tensors:
                 self._check_copy(tensors[name], tensors[original])
-        rules = parameter_rules(self.config, kv_replicas)
         self._check_listed(rules, tensors)
         return schedule(
             rules,
@@ -121,10 +126,13 @@ class Checkpoint:
                 np.array_equal(a[i : i + COMPARE_BYTES], b[i : i + COMPARE_BYTES]) for i in starts
             )
         if not same:
+            why, own = "config.json makes them one", "Remove the tensor if it is not meant."
+            if self.config.tie_word_embeddings:
+                why = "tie_word_embeddings is true"
+                own = "Say tie_word_embeddings: false if the head is its own, or remove the tensor."
             raise CheckpointError(
-                f"{self.path}: tie_word_embeddings is true, but {copy.name!r} is there and "
-                f"differs from {original.name!r}. Say tie_word_embeddings: false if the head is "
-                "its own, or remove the tensor."
+                f"{self.path}: {why}, but {copy.name!r} is there and differs from "
+                f"{original.name!r}. {own}"
             )
 
 
@@ -177,12 +185,13 @@ def open_checkpoint(path: str | Path, *, text_only: bool = False) -> Checkpoint:
         )
     whole = read_config(folder)
     document = text_document(file, whole) if text_only else whole
+    config = read_model(file, document)
     return Checkpoint(
         path=folder,
         document=document,
         is_part=document is not whole,
-        config=read_model(file, document),
-        generation=read_generation(folder, document),
+        config=config,
+        generation=read_generation(folder, document, config.encoder),
         scheme=read_scheme(str(file), document),
     )
 

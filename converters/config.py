@@ -12,7 +12,7 @@ from types import NoneType
 from typing import Any, Literal
 
 from converters.errors import CheckpointError, read_object
-from xlinfer.config import GenerationConfig
+from xlinfer.config import Encoder, GenerationConfig
 
 # What transformers writes into every config.json and no forward pass of inference reads.
 BOOKKEEPING = frozenset(
@@ -57,6 +57,11 @@ DECODER_ONLY: Mapping[str, tuple[Any, ...]] = {
     "tie_encoder_decoder": (False,),
     "chunk_size_feed_forward": (0,),
     "partial_rotary_factor": (1.0,),
+}
+ENCODER_DECODER: Mapping[str, tuple[Any, ...]] = {
+    **DECODER_ONLY,
+    "is_encoder_decoder": (True,),
+    "is_decoder": (False,),
 }
 # The same for families of which some models rotate a part of each head.
 PARTIAL_ROTARY = {key: fixed for key, fixed in DECODER_ONLY.items() if "rotary" not in key}
@@ -180,12 +185,19 @@ class Constants:
         return replace(self, values={**absent, **self.values})
 
 
-def read_generation(folder: Path, document: Mapping[str, Any]) -> GenerationConfig:
+def read_generation(
+    folder: Path, document: Mapping[str, Any], encoder: Encoder | None
+) -> GenerationConfig:
     """Stop ids and sampling defaults of a checkpoint whose config.json is `document`:
-    generation_config.json's, and config.json's stop ids too."""
+    generation_config.json's, and config.json's stop ids too; and what a decoder behind an `encoder`
+    begins with: its start, and the token that generation forces to come next, if one is named."""
     config = Constants(str(folder / "config.json"), document)
     path = folder / "generation_config.json"
-    return generation(Constants(str(path), read_object(path) if path.is_file() else {}), config)
+    asked = Constants(str(path), read_object(path) if path.is_file() else {})
+    found = generation(asked, config)
+    if encoder is None:
+        return found
+    return replace(found, decoder_start_token_ids=_decoder_start(asked, config, encoder))
 
 
 def generation(*files: Constants) -> GenerationConfig:
@@ -208,6 +220,15 @@ def generation(*files: Constants) -> GenerationConfig:
         repetition_penalty=_setting(asked, "repetition_penalty", 0.0, math.inf),
         max_new_tokens=_whole(asked, "max_new_tokens", least=1),
     )
+
+
+def _decoder_start(asked: Constants, config: Constants, encoder: Encoder) -> tuple[int, ...]:
+    start = [*_token_ids(asked, "decoder_start_token_id"), encoder.decoder_start_token_id]
+    forced = [
+        *_token_ids(asked, "forced_bos_token_id"),
+        *_token_ids(config, "forced_bos_token_id"),
+    ]
+    return (start[0], *forced[:1])
 
 
 def _token_ids(constants: Constants, name: str) -> list[int]:

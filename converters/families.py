@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from converters.bart import BART
 from converters.bloom import BLOOM
 from converters.config import Constants
 from converters.errors import CheckpointError
@@ -34,11 +35,13 @@ from converters.qwen3_moe import QWEN3_MOE
 from converters.smollm3 import SMOLLM3
 from converters.stablelm import STABLELM
 from converters.starcoder2 import STARCODER2
+from converters.t5 import T5
 from xlinfer.config import ModelConfig
 
 FAMILIES: Mapping[str, Family] = {
     family.model_type: family
     for family in (
+        BART,
         BLOOM,
         FALCON,
         GEMMA,
@@ -63,6 +66,7 @@ FAMILIES: Mapping[str, Family] = {
         SMOLLM3,
         STABLELM,
         STARCODER2,
+        T5,
     )
 }
 

@@ -16,5 +16,7 @@ class Family:
     # What some files leave out before every name, as those do that were saved without a head.
     prefix: str = ""
     ignored: tuple[str, ...]  # patterns of tensors that carry no weight of the model
-    # Tensors that a tied checkpoint may hold a second time, and what each must equal.
+    # Tensors that a checkpoint may hold a second time where they have no place of their own, as a
+    # tied head has none; and what each must equal.
     copies: Mapping[str, str] = field(default_factory=dict)
+    zeros: tuple[str, ...] = ()  # tensors that are zeros where a checkpoint leaves them out

@@ -222,6 +222,7 @@ def llama_config(
         attention_output_bias=attention_output_bias,
         mlp_bias=mlp_bias,
         moe=moe,
+        encoder=None,
         qk_norm=qk_norm,
         embedding_norm=False,
         embedding_multiplier=1.0,

@@ -9,7 +9,7 @@ other along one axis. The letters:
 D hidden  F ffw hidden  N query heads  K kv heads  H head_dim  V vocabulary  1 one
 X groups of query heads, one for each kv head  G query heads of a group: N is X by G
 E experts  R experts as the router scores them  P parts  I an expert's ffw hidden
-S the shared expert's ffw hidden   M positions
+S the shared expert's ffw hidden   M positions   B buckets of distances
 
 An axis of the source may hold several pieces, one after the other: "(N|K|K H) D -> D (K H)" has
 the heads of q, k and v, of which the row says which piece is its own. Where they lie by turns,
@@ -27,7 +27,7 @@ import numpy as np
 from xlinfer.config import LayerKind, ModelConfig
 from xlinfer.stacks import stacks
 
-STACKED = "layers"  # the first name of a target that has sources in each layer
+STACKED = "layers"  # a name of a target that has sources in each layer
 # The second name of targets that not every layer has.
 ONLY: Mapping[str, Callable[[LayerKind], bool]] = {
     "mlp": lambda kind: not kind.experts,
@@ -39,7 +39,7 @@ Axes = tuple[tuple[str, ...], ...]  # one group of letters for each axis
 
 @dataclass(frozen=True)
 class Row:
-    """`source` holds "{layer}" where, and only where, `target` begins with "layers."; "{expert}"
+    """`source` holds "{layer}" where, and only where, "layers" is a name in `target`; "{expert}"
     and "{part}", one of `parts`, where E and P count sources."""
 
     target: str  # dotted path in the module; of all stacks of layers, without the stack's number
@@ -106,11 +106,17 @@ def expand(rows: Iterable[Row], config: ModelConfig, kv_replicas: int = 1) -> tu
     if (moe := config.moe) is not None:
         sizes |= {"E": moe.num_experts, "R": moe.num_experts, "I": moe.intermediate_size}
         sizes |= {"S": moe.shared_intermediate_size or 0}
+    if (encoder := config.encoder) is not None and encoder.relative_positions is not None:
+        sizes["B"] = encoder.relative_positions.num_buckets
     rules, kinds = [], config.kinds
     for row in rows:
-        first, *rest = row.target.split(".")
-        if first != STACKED:
-            rules.append(_rule(row, (first, *rest), None, sizes, kv_replicas))
+        first, *rest = path = tuple(row.target.split("."))
+        if STACKED not in path:
+            rules.append(_rule(row, path, None, sizes, kv_replicas))
+            continue
+        if encoder is not None:  # a stack of its own for the encoder, and for the decoder
+            layers = range(encoder.num_layers if first == "encoder" else config.num_layers)
+            rules.append(_rule(row, path, layers, sizes, kv_replicas))
             continue
         has = ONLY.get(rest[0], lambda kind: True)
         for number, layers in enumerate(stacks(kinds)):

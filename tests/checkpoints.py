@@ -67,6 +67,7 @@ def quantized_golden(name: str) -> Path:
 
 # Read with text_only.
 MULTIMODAL = ("gemma3-images", "mistral3")
+ENCODER_DECODERS = ("bart", "t5", "t5-relu", "t5-untied")
 EXPERTS: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3_moe": {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 12},

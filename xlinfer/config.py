@@ -103,8 +103,32 @@ class LayerKind(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
+class RelativePositions:
+    """A score gains a number of its head's and of the bucket that the distance falls in
+    (arXiv 1910.10683): half of the buckets hold one distance each, the others grow."""
+
+    num_buckets: int  # of a decoder; an encoder has half of them for each direction
+    max_distance: int  # all from here on fall in the last bucket
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoder:
+    """What reads the prompt, where the sequences are a decoder's that attends to its output in each
+    layer. Its layers have the decoder's sizes, and so have its positions.
+
+    Where `pre_norm` is false, the encoder and the decoder normalize the residual itself after each
+    addition to it.
+    """
+
+    num_layers: int
+    decoder_start_token_id: int  # what the decoder's sequences begin with
+    relative_positions: RelativePositions | None  # a table for the encoder, one for the decoder
+    fits_float16: bool  # the residual stays below 65504
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A decoder-only transformer; what differs between families is data here."""
+    """A transformer; what differs between families is data here."""
 
     model_type: str  # the family's name in its config.json
     vocab_size: int
@@ -138,6 +162,7 @@ class ModelConfig:
     attention_output_bias: bool
     mlp_bias: bool
     moe: MoE | None  # of the layers that have one; None: every layer has an MLP
+    encoder: Encoder | None  # None: it is a decoder alone
     # RMSNorm of q and k before rope: over each head, or over all heads together.
     qk_norm: Literal["head", "all"] | None
     embedding_norm: bool  # the embedding is normalized
@@ -175,3 +200,5 @@ class GenerationConfig:
     min_p: float | None = None
     repetition_penalty: float | None = None
     max_new_tokens: int | None = None
+    # Of an encoder-decoder model: what its decoder begins with, before the answer.
+    decoder_start_token_ids: tuple[int, ...] = ()

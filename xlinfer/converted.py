@@ -20,7 +20,7 @@ from flax import nnx
 
 from converters import Checkpoint, CheckpointError, open_checkpoint
 from converters.errors import listing, read_object
-from xlinfer.models import Transformer
+from xlinfer.models import Model
 
 MANIFEST, PARAMETERS = "xlinfer.json", "parameters"
 FORMAT_VERSION = 3
@@ -106,7 +106,7 @@ def read_parameters(
 
 
 def save_converted(
-    model: Transformer, source: str | Path, directory: str | Path, *, text_only: bool = False
+    model: Model, source: str | Path, directory: str | Path, *, text_only: bool = False
 ) -> Manifest:
     """Write `model`, loaded from the checkpoint at `source`, into the new `directory`; what was
     loaded with `text_only` becomes a checkpoint of a text model.

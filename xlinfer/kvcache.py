@@ -23,8 +23,10 @@ from pallas_kernels.paged_attention import (
     Ragged,
     cache_shapes,
     heads_axis,
+    write,
     write_and_attend,
 )
+from pallas_kernels.paged_attention import attend as attend_alone
 
 KV = Any  # the cache, a pytree threaded through the layers; None without one
 FULL = 2**30  # a window that never ends
@@ -42,8 +44,9 @@ class Attend(Protocol):
     `layer` is the layer's index, `window` the number of tokens a query sees (itself included),
     both Python or traced integers; `scale` multiplies q·k. A score s becomes
     softcap * tanh(s / softcap) where that is given, and gains
-    alibi_N[n] * (key position - query position); exp(sinks_N[n]) joins the denominator of head n's
-    softmax. Sinks and slopes are float32.
+    alibi_N[n] * (key position - query position), and distance_bias_NX[n, M + d] for a key d after
+    the query, d being cut to -M and M, X = 2 M + 1; exp(sinks_N[n]) joins the denominator of head
+    n's softmax. Sinks, slopes and biases are float32.
     """
 
     def __call__(
@@ -59,7 +62,26 @@ class Attend(Protocol):
         softcap: float | None = None,
         sinks_N: Array | None = None,
         alibi_N: Array | None = None,
+        distance_bias_NX: Array | None = None,
     ) -> tuple[Array, KV]: ...
+
+
+@runtime_checkable
+class Keep(Protocol):
+    """Puts what the decoder's layer `layer` is to see of the encoder's output, k and v
+    [B, T, K, H], into the cache, and returns that."""
+
+    def __call__(self, k_BTKH: Array, v_BTKH: Array, kv: KV, *, layer: int | Array) -> KV: ...
+
+
+@runtime_checkable
+class CrossAttend(Protocol):
+    """Attention of each token to all keys and values that `Keep` put there for its sequence.
+
+    q [B, T, N, H] -> o [B, T, N, H]; `scale` multiplies q·k.
+    """
+
+    def __call__(self, q_BTNH: Array, kv: KV, *, layer: int | Array, scale: float) -> Array: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,13 +142,14 @@ def paged_attend(
 
     def attend(
         q_BTNH, k_BTKH, v_BTKH, kv: Cache, *,
-        layer, window, scale, softcap=None, sinks_N=None, alibi_N=None,
+        layer, window, scale, softcap=None, sinks_N=None, alibi_N=None, distance_bias_NX=None,
     ):  # fmt: skip
-        def local(q_TNH, k_TKH, v_TKH, kv, sinks_N, alibi_N, layer, window):
+        def local(q_TNH, k_TKH, v_TKH, kv, sinks_N, alibi_N, distance_bias_NX, layer, window):
             return write_and_attend(
                 q_TNH, k_TKH, v_TKH, kv, layer, page_T, slot_T, ragged,
                 window=window, scale=scale, softcap=softcap, sinks_N=sinks_N, alibi_N=alibi_N,
-                decode_only=decode_only, device=device, impl=impl,
+                distance_bias_NX=distance_bias_NX, decode_only=decode_only, device=device,
+                impl=impl,
             )  # fmt: skip
 
         if mesh.size > 1:
@@ -136,17 +159,78 @@ def paged_attend(
             local = jax.shard_map(
                 local,
                 mesh=mesh,
-                in_specs=(heads, heads, heads, kv_specs, one, one, none, none),
+                in_specs=(heads, heads, heads, kv_specs, one, one, one, none, none),
                 out_specs=(heads, kv_specs),
                 check_vma=False,
             )
         o_TNH, kv = local(
-            q_BTNH[0], k_BTKH[0], v_BTKH[0], kv, sinks_N, alibi_N, jnp.asarray(layer),
-            jnp.asarray(window),
+            q_BTNH[0], k_BTKH[0], v_BTKH[0], kv, sinks_N, alibi_N, distance_bias_NX,
+            jnp.asarray(layer), jnp.asarray(window),
         )  # fmt: skip
         return o_TNH[None], kv
 
     return attend
+
+
+def paged_keep(
+    page_T: Int[Array, " T"],
+    slot_T: Int[Array, " T"],
+    mesh: AnyMesh,
+    *,
+    device: Device,
+    impl: Impl,
+) -> Keep:
+    """The `Keep` for one sequence's tokens [1, T] and their places in a paged cache."""
+
+    def keep(k_BTKH, v_BTKH, kv: Cache, *, layer) -> Cache:
+        def local(k_TKH, v_TKH, kv, layer):
+            return write(k_TKH, v_TKH, kv, layer, page_T, slot_T, device=device, impl=impl)
+
+        if mesh.size > 1:
+            heads, none = by_head(mesh, before=1), PartitionSpec()
+            cache = jax.tree.map(lambda _: by_head(mesh, before=heads_axis(impl)), kv)
+            local = jax.shard_map(
+                local, mesh=mesh, in_specs=(heads, heads, cache, none), out_specs=cache,
+                check_vma=False,
+            )  # fmt: skip
+        return local(k_BTKH[0], v_BTKH[0], kv, jnp.asarray(layer))
+
+    return keep
+
+
+def paged_cross_attend(
+    pages_TM: Int[Array, "T M"],
+    len_T: Int[Array, " T"],
+    num_tokens: Int[Array, ""],
+    mesh: AnyMesh,
+    *,
+    device: Device,
+    impl: Impl,
+) -> CrossAttend:
+    """The `CrossAttend` for a step's tokens [1, T], each with the pages and the number of its own
+    sequence's encoded tokens; from `num_tokens` on they are padding.
+
+    Every token sees all of them, so each is a row of one query, as those that decode are: it has
+    no position among them, and a step has few tokens, since what is long is the encoder's.
+    """
+    T = len_T.shape[0]
+    ragged = Ragged(pages_TM, len_T, jnp.arange(T + 1), num_tokens, num_tokens)
+
+    def cross(q_BTNH, kv: Cache, *, layer, scale):
+        def local(q_TNH, kv, layer):
+            return attend_alone(
+                q_TNH, kv, layer, ragged, scale=scale, decode_only=True, device=device, impl=impl
+            )
+
+        if mesh.size > 1:
+            heads, none = by_head(mesh, before=1), PartitionSpec()
+            cache = jax.tree.map(lambda _: by_head(mesh, before=heads_axis(impl)), kv)
+            local = jax.shard_map(
+                local, mesh=mesh, in_specs=(heads, cache, none), out_specs=heads, check_vma=False
+            )
+        return local(q_BTNH[0], kv, jnp.asarray(layer))[None]
+
+    return cross
 
 
 def tensor_size(mesh: AnyMesh) -> int:

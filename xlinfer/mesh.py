@@ -23,6 +23,7 @@ RULES: Mapping[str, str | None] = {
     "expert_ffw": None,
     "routes": None,
     "positions": None,
+    "buckets": None,
     "hidden": None,
     "head_dim": None,
     "layers": None,

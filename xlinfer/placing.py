@@ -43,6 +43,7 @@ AXES: Mapping[str, str | None] = {
     "I": "expert_ffw",
     "S": "ffw",
     "M": "positions",
+    "B": "buckets",
 }
 
 

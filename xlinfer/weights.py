@@ -1,4 +1,4 @@
-"""Checkpoint, converted or not -> a Transformer whose parameters lie where the mesh wants them.
+"""Checkpoint, converted or not -> a module whose parameters lie where the mesh wants them.
 
 Tensors are read in file order, moved as they are, and cast, transposed and written into their
 place on the device, in place: the peak is the model, one tensor and what is in flight.
@@ -33,7 +33,7 @@ from xlinfer.config import ModelConfig
 from xlinfer.converted import is_converted, read_manifest, read_parameters
 from xlinfer.forms import Form
 from xlinfer.mesh import TENSOR, device_of, make_mesh, replicate_kv_heads, sharding
-from xlinfer.models import Transformer
+from xlinfer.models import EncoderDecoder, Model, Transformer
 from xlinfer.progress import Progress
 from xlinfer.quant import QTensor
 from xlinfer.quantize import axes_of, check_impl, held_as, quantize_model
@@ -60,7 +60,7 @@ def load_model(
     text_only: bool = False,
     progress: Progress | None = None,
     in_flight_bytes: int = IN_FLIGHT_BYTES,
-) -> Transformer:
+) -> Model:
     """The model in the folder `path`, a Hugging Face checkpoint or one written by xlinfer.convert,
     or in the GGUF `path`.
 
@@ -120,12 +120,13 @@ def abstract_model(
     device: Device,
     forms: Mapping[tuple, Form] | None = None,
     matmul_impl: str | None = None,
-) -> Transformer:
+) -> Model:
     """The model without arrays: its parameters are ShapeDtypeStructs that say where each is to lie
     on `mesh`, which need not be here, in their `forms`. Raises ValueError where the mesh does not
     divide it."""
     check_impl(matmul_impl, device)
-    make = lambda: Transformer(config, dtype=dtype, device=device, mesh=mesh, rngs=nnx.Rngs(0))
+    kind = Transformer if config.encoder is None else EncoderDecoder
+    make = lambda: kind(config, dtype=dtype, device=device, mesh=mesh, rngs=nnx.Rngs(0))
     graph, state = nnx.split(nnx.eval_shape(make))
     placed = []
     for path, param in nnx.to_flat_state(state):

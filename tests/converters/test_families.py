@@ -260,7 +260,7 @@ def test_absent_and_optional_keys(cfg, field, want, tmp_path):
         (config("qwen2_moe", shared_expert_intermediate_size=...), "'shared_expert_int.* missing"),
         (config("mixtral", norm_topk_prob=False), "unknown model constant 'norm_topk_prob'"),
         (config("mixtral", attention_bias=True), "'attention_bias' is True"),
-        (config("zzz"), "'zzz'. It knows bloom"),
+        (config("zzz"), "'zzz'. It knows bart"),
         (config("granite", residual_multiplier=0), "'residual_multiplier' is 0; it must be"),
         (config("olmo2", clip_qkv=8.0), "unknown model constant 'clip_qkv'"),
         (config("smollm3", no_rope_layers=[1]), "'no_rope_layers' must be null or 2 of 0 and 1"),

@@ -5,6 +5,7 @@ D_NH: an axis of D, and one of N x H
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from jaxtyping import Array, Float
 from xlinfer.config import Activation, ClampedSwiGLU, ModelConfig
 from xlinfer.kvcache import KV, Attend
 from xlinfer.models.rope import Angles, rotate
-from xlinfer.quant import product
+from xlinfer.quant import QTensor, product
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
@@ -125,16 +126,7 @@ class Attention(nnx.Module):
 
     def __call__(self, x_BTD, angles: Angles | None, attend: Attend, kv: KV, *, layer, window):
         cfg = self.cfg
-        # Without the barrier XLA:TPU carries the layout that heads ask for back to the weights,
-        # and copies all layers' at every call (docs/LOG.md).
-        by_head = lambda x: jax.lax.optimization_barrier(x).reshape(*x.shape[:2], -1, cfg.head_dim)
-        q_BTNH = by_head(product(x_BTD, self.q_D_NH))
-        k_BTKH = by_head(product(x_BTD, self.k_D_KH))
-        v_BTKH = by_head(product(x_BTD, self.v_D_KH))
-        if cfg.qkv_bias:
-            q_BTNH += self.q_bias_NH[...][None, None]
-            k_BTKH += self.k_bias_KH[...][None, None]
-            v_BTKH += self.v_bias_KH[...][None, None]
+        q_BTNH, (k_BTKH, v_BTKH) = self.queries(x_BTD), self.keys_values(x_BTD)
         if cfg.qk_norm == "head":
             q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
         if cfg.qk_norm == "all":
@@ -148,10 +140,30 @@ class Attention(nnx.Module):
             sinks_N=self.sinks_N[...].astype(jnp.float32) if cfg.sinks else None,
             alibi_N=self._slopes(),
         )  # fmt: skip
-        y_BTD = product(o_BTNH.reshape(*x_BTD.shape[:2], -1), self.o_NH_D)
-        if cfg.attention_output_bias:
-            y_BTD += self.o_bias_D[...][None, None]
-        return y_BTD, kv
+        return self.output(o_BTNH), kv
+
+    def queries(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T N H"]:
+        q_BTNH = self._by_head(product(x_BTD, self.q_D_NH))
+        return q_BTNH + self.q_bias_NH[...][None, None] if self.cfg.qkv_bias else q_BTNH
+
+    def keys_values(
+        self, x_BTD: Float[Array, "B T D"]
+    ) -> tuple[Float[Array, "B T K H"], Float[Array, "B T K H"]]:
+        k_BTKH = self._by_head(product(x_BTD, self.k_D_KH))
+        v_BTKH = self._by_head(product(x_BTD, self.v_D_KH))
+        if self.cfg.qkv_bias:
+            k_BTKH += self.k_bias_KH[...][None, None]
+            v_BTKH += self.v_bias_KH[...][None, None]
+        return k_BTKH, v_BTKH
+
+    def output(self, o_BTNH: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
+        y_BTD = product(o_BTNH.reshape(*o_BTNH.shape[:2], -1), self.o_NH_D)
+        return y_BTD + self.o_bias_D[...][None, None] if self.cfg.attention_output_bias else y_BTD
+
+    def _by_head(self, x):
+        # Without the barrier XLA:TPU carries the layout that heads ask for back to the weights,
+        # and copies all layers' at every call (docs/LOG.md).
+        return jax.lax.optimization_barrier(x).reshape(*x.shape[:2], -1, self.cfg.head_dim)
 
     def _slopes(self) -> Float[Array, " N"] | None:
         if (scale := self.cfg.alibi_scale) is None:
@@ -193,3 +205,21 @@ class MLP(nnx.Module):
             up_BTF += self.up_bias_F[...][None, None]
         y_BTD = product(activate(self.cfg.hidden_act, gate_BTF, up_BTF), self.down_FD)
         return y_BTD + self.down_bias_D[...][None, None] if biased else y_BTD
+
+
+def token_logits(model: Any, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+    """Float32 scores by the head of `model`, which is its embedding where `cfg` ties them."""
+    cfg: ModelConfig = model.cfg
+    tied = cfg.tie_word_embeddings
+    head, equation = (model.embed_VD, "BTD,VD->BTV") if tied else (model.head_DV, "BTD,DV->BTV")
+    if isinstance(head.get_value(), QTensor):
+        y_BTV = product(x_BTD, head).astype(jnp.float32)
+    else:
+        y_BTV = jnp.einsum(equation, x_BTD, head[...], preferred_element_type=jnp.float32)
+    if cfg.head_bias:
+        y_BTV += model.head_bias_V[...].astype(jnp.float32)[None, None]
+    if cfg.logits_divisor != 1.0:
+        y_BTV /= cfg.logits_divisor
+    if (softcap := cfg.logit_softcap) is not None:
+        y_BTV = softcap * jnp.tanh(y_BTV / softcap)
+    return y_BTV

@@ -13,10 +13,10 @@ from xlinfer.config import ModelConfig, Rope
 from xlinfer.kvcache import KV, AnyMesh, Attend
 from xlinfer.models.block import Block
 from xlinfer.models.causal_lm import causal_attend
-from xlinfer.models.parts import bias, hidden_norm, weight
+from xlinfer.models.parts import bias, hidden_norm, token_logits, weight
 from xlinfer.models.rope import Angles, rope_angles, rope_frequencies
 from xlinfer.models.scan import scan_layers
-from xlinfer.quant import QTensor, apart, lookup, product, together
+from xlinfer.quant import apart, lookup, together
 from xlinfer.stacks import Run, runs
 
 
@@ -115,19 +115,7 @@ class Transformer(nnx.Module):
 
     def logits(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Float32 scores of the next token."""
-        tied = self.cfg.tie_word_embeddings
-        head, equation = (self.embed_VD, "BTD,VD->BTV") if tied else (self.head_DV, "BTD,DV->BTV")
-        if isinstance(head.get_value(), QTensor):
-            y_BTV = product(x_BTD, head).astype(jnp.float32)
-        else:
-            y_BTV = jnp.einsum(equation, x_BTD, head[...], preferred_element_type=jnp.float32)
-        if self.cfg.head_bias:
-            y_BTV += self.head_bias_V[...].astype(jnp.float32)[None, None]
-        if self.cfg.logits_divisor != 1.0:
-            y_BTV /= self.cfg.logits_divisor
-        if (softcap := self.cfg.logit_softcap) is not None:
-            y_BTV = softcap * jnp.tanh(y_BTV / softcap)
-        return y_BTV
+        return token_logits(self, x_BTD)
 
 
 def _scan(
