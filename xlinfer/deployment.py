@@ -4,6 +4,7 @@ Everything here is abstract, so it is the same for a model that is loaded and fo
 only config.json is there, for devices that are here and for devices that are described.
 """
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,11 +18,17 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pallas_kernels.checks import check_one_of
 from pallas_kernels.devices import Device, Impl, check_runs
-from pallas_kernels.paged_attention import IMPLS, choose
+from pallas_kernels.paged_attention import IMPLS, choose, refusal
 from xlinfer.kvcache import CacheSpec, tensor_size
 from xlinfer.models import check_model
 from xlinfer.plan import Memory, Plan, PlanError, make_plan, pages_for
-from xlinfer.programs import Programs, decode_shapes, forward_shapes, sample_shapes
+from xlinfer.programs import (
+    Programs,
+    decode_shapes,
+    encode_shapes,
+    forward_shapes,
+    sample_shapes,
+)
 from xlinfer.quant import QTensor
 from xlinfer.sampling import Slots, empty_slots
 
@@ -66,6 +73,7 @@ ELSEWHERE = Defaults(
     max_num_seqs=128, max_num_batched_tokens=2048, page_size=64, bucket_ratio=2,
     fewest_tokens=128, fewest_rows=8,
 )  # fmt: skip
+logger = logging.getLogger("xlinfer.deployment")
 CPU_CACHE_BYTES = 1 << 30  # the KV cache's budget where the memory is the host's
 
 
@@ -79,7 +87,8 @@ class Job(NamedTuple):
 
 
 class Facts(NamedTuple):
-    """What programs take from a model beside its arrays: members of CausalLM."""
+    """What programs take from a model beside its arrays: members of CausalLM, and what others it
+    has."""
 
     vocab_size: int
     num_layers: int
@@ -88,6 +97,8 @@ class Facts(NamedTuple):
     head_dim: int
     max_position_embeddings: int
     token_width: int  # numbers that a forward holds at once for each token, over all devices
+    has_encoder: bool
+    has_distance_bias: bool  # which no kernel adds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +142,10 @@ class Deployment:
             run = partial(programs.forward, tokens=tokens)
             out = (cache, whole, whole)
             jobs["forward", tokens] = Job(run, (params, kv, slots, step), (1,), out)
+        for tokens in plan.encode_buckets:
+            run = partial(programs.encode, tokens=tokens)
+            step = packed(encode_shapes(tokens))
+            jobs["encode", tokens] = Job(run, (params, kv, step), (1,), cache)
         sample = (params, slots, states(plan.max_num_seqs), packed(sample_shapes(plan)))
         jobs["sample", 0] = Job(programs.sample, sample, (1,), whole)
         score = (params, states(largest), place((largest,)), place(()))
@@ -190,21 +205,25 @@ def deploy(
         page_size=page_size,
         head_dim=facts.head_dim,
         dtype=dtype,
-        impl=_attention_impl(sizes.attention_impl, device, page_size, facts.head_dim, dtype),
+        impl=_attention_impl(sizes.attention_impl, device, page_size, facts, dtype),
     )
+    encodes = facts.has_encoder
+    # An encoder reads its prompt whole.
+    most_tokens = max(max_num_batched_tokens, max_model_len if encodes else 0)
     memory = Memory(
         device_bytes=device_bytes,
         hbm_utilization=sizes.hbm_utilization,
         weight_bytes=max(sum(map(bytes_on_one, params)), held_bytes),
         slot_bytes=_bytes(slot_shapes(max_num_seqs, facts.vocab_size)),
         temporary_bytes=temporary_bytes(
-            facts, dtype, tensor_size(mesh), rows=max_num_seqs, tokens=max_num_batched_tokens
+            facts, dtype, tensor_size(mesh), rows=max_num_seqs, tokens=most_tokens
         ),
         page_bytes=spec.page_bytes_per_device(mesh),
     )
     num_pages = sizes.num_pages
     if num_pages is None:
-        whole = max_num_seqs * pages_for(max_model_len, page_size) + 1
+        tables = 2 if encodes else 1  # a prompt's pages beside those of the sequence
+        whole = max_num_seqs * tables * pages_for(max_model_len, page_size) + 1
         # On CPU the memory is the host's, which others use too.
         room = CPU_CACHE_BYTES if device.platform == "cpu" else memory.cache_budget()
         num_pages = min(whole, room // memory.page_bytes)
@@ -217,6 +236,7 @@ def deploy(
         decode_window=sizes.decode_window,
         max_logprobs=min(sizes.max_logprobs, facts.vocab_size),
         deterministic=sizes.deterministic,
+        encodes=encodes,
         bucket_ratio=defaults.bucket_ratio,
         fewest_tokens=defaults.fewest_tokens,
         fewest_rows=defaults.fewest_rows,
@@ -254,8 +274,13 @@ def facts_of(model: Any) -> Facts:
         shapes = [p.shape[-2:] for p in jax.tree.leaves(nnx.state(model)) if p.ndim >= 2]
         sides = [n for shape in shapes for n in shape if n != model.vocab_size]
         width = 4 * max(sides, default=1)
-    names = [name for name in Facts._fields if name != "token_width"]
-    return Facts(**{name: getattr(model, name) for name in names}, token_width=width)
+    own = {
+        "token_width": width,
+        "has_encoder": hasattr(model, "encode"),
+        "has_distance_bias": bool(getattr(model, "has_distance_bias", False)),
+    }
+    names = [name for name in Facts._fields if name not in own]
+    return Facts(**{name: getattr(model, name) for name in names}, **own)
 
 
 def paths_of(state: Any) -> tuple[str, ...]:
@@ -268,13 +293,22 @@ def paths_of(state: Any) -> tuple[str, ...]:
 
 
 def _attention_impl(
-    asked: str | None, device: Device, page_size: int, head_dim: int, dtype: Any
+    asked: str | None, device: Device, page_size: int, facts: Facts, dtype: Any
 ) -> Impl:
+    cache: dict[str, Any] = {"page_size": page_size, "head_dim": facts.head_dim, "dtype": dtype}
+    wanted = {"distance_bias": facts.has_distance_bias, "apart": facts.has_encoder}
     if asked is None:
-        return choose(device, page_size=page_size, head_dim=head_dim, dtype=dtype)
+        impl = choose(device, **cache, **wanted)
+        if (kernel := choose(device, **cache)) != impl:
+            why = refusal(kernel, **cache, **wanted)
+            logger.warning("attention runs by the %s, not by %s: %s", impl, kernel, why)
+        return impl
     check_one_of("attention_impl", asked, IMPLS)
     check_runs("attention_impl", asked, device)
-    return asked  # type: ignore[return-value]
+    impl: Impl = asked  # type: ignore[assignment]
+    if (why := refusal(impl, **cache, **wanted)) is not None:
+        raise ValueError(f"attention_impl {asked} does not take this model's cache: {why}")
+    return impl
 
 
 def _check_sizes(

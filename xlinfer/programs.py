@@ -2,8 +2,9 @@
 
 `forward` runs the model over a step's tokens (one program a token bucket), `sample` turns the
 last hidden states into tokens, `decode` does both for several tokens on the device (one a row
-bucket), `score` gives log-probabilities of known tokens, `admit` sets a
-request's slot. Every step's small inputs travel as one int32 vector (`pack`).
+bucket), `score` gives log-probabilities of known tokens, `admit` sets a request's slot, `encode`
+reads its prompt where the model has an encoder (one a token bucket). Every step's small inputs
+travel as one int32 vector (`pack`).
 
 T tokens of the step   R rows   Z slots   M pages per row   V vocabulary   W decode window
 """
@@ -21,8 +22,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.devices import Device, Impl
 from pallas_kernels.paged_attention import Ragged
-from xlinfer.kvcache import PADDING_PAGE, Cache, paged_attend
-from xlinfer.models import CausalLM
+from xlinfer.kvcache import PADDING_PAGE, Cache, paged_attend, paged_cross_attend, paged_keep
 from xlinfer.plan import Plan
 from xlinfer.sampling import (
     Logprobs,
@@ -41,6 +41,13 @@ FROM_DEVICE = -1  # a token the host does not know yet: the slot's latest
 SCORE_ROWS = 64  # positions whose logits exist at once in `score`
 
 
+class Encoded(NamedTuple):
+    """Where each row has what the encoder made of its prompt, and of how many tokens."""
+
+    pages_RM: Ints
+    len_R: Ints
+
+
 class ForwardInput(NamedTuple):
     token_T: Ints  # FROM_DEVICE or an id
     pos_T: Ints
@@ -52,6 +59,7 @@ class ForwardInput(NamedTuple):
     start_R: Ints  # R+1
     num_decodes: Ints
     num_rows: Ints
+    encoded: Encoded | None  # None: the model has no encoder
 
 
 class SampleInput(NamedTuple):
@@ -68,6 +76,14 @@ class DecodeInput(NamedTuple):
     num_rows: Ints
     num_steps: Ints
     wanted: Wanted
+    encoded: Encoded | None
+
+
+class EncodeInput(NamedTuple):
+    token_T: Ints
+    page_T: Ints  # where the token's keys and values go
+    offset_T: Ints  # within the page
+    num_tokens: Ints
 
 
 class Sampled(NamedTuple):
@@ -106,8 +122,17 @@ def forward_shapes(plan: Plan, tokens: int) -> ForwardInput:
     R, M, one_T = plan.max_num_seqs, plan.pages_per_seq, _whole(tokens)
     return ForwardInput(
         one_T, one_T, one_T, one_T, one_T, _whole(R, M), _whole(R), _whole(R + 1),
-        _whole(), _whole(),
+        _whole(), _whole(), encoded_shapes(plan, R),
     )  # fmt: skip
+
+
+def encoded_shapes(plan: Plan, rows: int) -> Encoded | None:
+    return Encoded(_whole(rows, plan.pages_per_seq), _whole(rows)) if plan.encode_buckets else None
+
+
+def encode_shapes(tokens: int) -> EncodeInput:
+    one_T = _whole(tokens)
+    return EncodeInput(one_T, one_T, one_T, _whole())
 
 
 def sample_shapes(plan: Plan) -> SampleInput:
@@ -117,7 +142,10 @@ def sample_shapes(plan: Plan) -> SampleInput:
 
 def decode_shapes(plan: Plan, rows: int) -> DecodeInput:
     pages_RM = _whole(rows, plan.pages_per_seq)
-    return DecodeInput(_whole(rows), _whole(rows), pages_RM, _whole(), _whole(), WANTED)
+    return DecodeInput(
+        _whole(rows), _whole(rows), pages_RM, _whole(), _whole(), WANTED,
+        encoded_shapes(plan, rows),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,9 +175,12 @@ class Programs:
         token_T = jnp.where(x.token_T == FROM_DEVICE, slots.state.token_Z[x.slot_T], x.token_T)
         ragged = Ragged(x.pages_RM, x.kv_len_R, x.start_R, x.num_decodes, x.num_rows)
         attend = self._attend(x.page_T, x.offset_T, ragged, decode_only=False)
+        row_T = jnp.searchsorted(x.start_R[1:], jnp.arange(tokens), side="right")
+        row_T = jnp.minimum(row_T, self.plan.max_num_seqs - 1)
         x_1TD, kv = self._model(params).hidden(
-            token_T[None], x.pos_T[None], attend, kv, context_len=self.plan.max_model_len
-        )
+            token_T[None], x.pos_T[None], attend, kv, context_len=self.plan.max_model_len,
+            **self._cross(x.encoded, row_T, x.start_R[-1]),
+        )  # fmt: skip
         last_R = jnp.maximum(x.start_R[1:] - 1, 0)
         unused = self.plan.max_num_batched_tokens - tokens
         return kv, jnp.pad(x_1TD[0], ((0, unused), (0, 0))), x_1TD[0, last_R]
@@ -195,6 +226,8 @@ class Programs:
             jax.tree.map(lambda a: jnp.zeros((W, *a.shape), a.dtype), none),
         )
 
+        cross = self._cross(x.encoded, jnp.arange(rows), x.num_rows)
+
         def token(carry):
             i, kv, state, out = carry
             live_R = ~state.done_Z[x.slot_R]
@@ -208,7 +241,7 @@ class Programs:
             attend = self._attend(page_R, offset_R, ragged, decode_only=True)
             x_1RD, kv = model.hidden(
                 state.token_Z[x.slot_R][None], pos_R[None], attend, kv,
-                context_len=self.plan.max_model_len,
+                context_len=self.plan.max_model_len, **cross,
             )  # fmt: skip
             state, token_R, logprobs = self._choose(
                 model.logits(x_1RD)[0], chosen, state, x.slot_R, length_R, live_R, x.wanted
@@ -273,8 +306,30 @@ class Programs:
             ),
         )
 
-    def _model(self, params: Sequence[Array]) -> CausalLM:
+    def encode(
+        self, params: Sequence[Array], kv: Cache, packed: Int[Array, " n"], *, tokens: int
+    ) -> Cache:
+        """The cache with what the decoder is to see of one prompt."""
+        x = unpack(packed, encode_shapes(tokens))
+        keep = paged_keep(
+            x.page_T, x.offset_T, self.mesh, device=self.device, impl=self.attention_impl
+        )
+        return self._model(params).encode(x.token_T[None], x.num_tokens[None], keep, kv)
+
+    def _model(self, params: Sequence[Array]) -> Any:  # a CausalLM, or an EncoderDecoderLM
         return nnx.merge(self.graph, jax.tree.unflatten(self.tree, params))
+
+    def _cross(self, encoded: Encoded | None, row_T: Int[Array, " T"], num_tokens) -> dict:
+        """What `hidden` is given beside, where the model has an encoder: for each token its row's,
+        and from `num_tokens` on nothing."""
+        if encoded is None:
+            return {}
+        len_T = jnp.where(jnp.arange(len(row_T)) < num_tokens, encoded.len_R[row_T], 0)
+        cross = paged_cross_attend(
+            encoded.pages_RM[row_T], len_T, num_tokens, self.mesh,
+            device=self.device, impl=self.attention_impl,
+        )  # fmt: skip
+        return {"cross": cross}
 
     def _attend(self, page_T, offset_T, ragged: Ragged, *, decode_only: bool):
         return paged_attend(

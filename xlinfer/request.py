@@ -186,6 +186,8 @@ class Request:
     request_id: str
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams
+    # What the encoder reads of an encoder-decoder model; prompt_token_ids are its decoder's first.
+    encoder_token_ids: tuple[int, ...] = ()
     eos_token_ids: tuple[int, ...] = ()  # end the answer unless sampling.ignore_eos
     bad_words_token_ids: tuple[tuple[int, ...], ...] = ()  # sampling.bad_words, tokenized
     answer_index: int = 0  # 0 ≤ index < n; folded into the seed, so that answers differ

@@ -27,6 +27,7 @@ class Job:
     priority: int = 0
     salt: str = ""
     prompt_logprobs: bool = False
+    encoder: tuple[int, ...] = ()  # what an encoder reads; `prompt` is the decoder's then
 
 
 def next_token(tokens: list[int]) -> int:
@@ -57,7 +58,7 @@ def sequence(number: int, job: Job, plan: Plan) -> Sequence:
     )
     request = Request(
         request_id=str(number), prompt_token_ids=job.prompt, sampling=sampling,
-        priority=job.priority, cache_salt=job.salt,
+        encoder_token_ids=job.encoder, priority=job.priority, cache_salt=job.salt,
     )  # fmt: skip
     return Sequence(
         request=request,
@@ -209,7 +210,7 @@ class Simulation:
 
     def _digests(self, seq: Sequence, tokens: list[int]) -> list[int]:
         """What the KV of each position must be: it depends on every token up to it."""
-        digests, digest = [], hash(seq.request.cache_salt)
+        digests, digest = [], hash((seq.request.cache_salt, seq.request.encoder_token_ids))
         for token in tokens:
             digest = hash((digest, token))
             digests.append(digest)
@@ -249,7 +250,7 @@ class Simulation:
         assert all(s.order < v.order for s in stayed for v in victims)
         for seq in victims:
             if seq not in admitted:
-                assert not seq.pages and seq.slot is None
+                assert not seq.pages and not seq.encoder_pages and seq.slot is None
                 self._rows[seq].computed = -1
 
     def _forward(self, step: Forward) -> list[list[int]]:
@@ -296,6 +297,14 @@ class Simulation:
         if not self.caching or self.jobs[seq].prompt_logprobs:
             assert chunk.start == 0
         self._rows[seq] = Row(list(seq.tokens), computed=chunk.start)
+        size = self.plan.page_size
+        for position, digest in enumerate(self._encoded(seq)):
+            self._kv[seq.encoder_pages[position // size], position % size] = digest
+
+    def _encoded(self, seq: Sequence) -> list[int]:
+        """What the encoder makes of each token: it depends on all of them."""
+        read = seq.request.encoder_token_ids
+        return [hash((read, position)) for position in range(len(read))]
 
     def _write(self, seq: Sequence, position: int, digest: int) -> tuple[int, int]:
         page = seq.pages[position // self.plan.page_size]
@@ -311,6 +320,9 @@ class Simulation:
             assert len(digests) == end
             for i in range(0, end, size):
                 self._check_page(seq.pages[i // size], digests[i : i + size])
+            encoded = self._encoded(seq)
+            for i in range(0, len(encoded), size):
+                self._check_page(seq.encoder_pages[i // size], encoded[i : i + size])
 
     def _sample(self, seq: Sequence) -> list[int]:
         row, job = self._rows[seq], self.jobs[seq]

@@ -24,7 +24,8 @@ LARGE = (HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_bas
 @st.composite
 def plans(draw):
     page_size, rows = draw(st.sampled_from([1, 2, 4, 5])), draw(st.integers(1, 4))
-    per_seq = -(-LONGEST // page_size)
+    per_seq, encodes = -(-LONGEST // page_size), draw(st.sampled_from([False, False, True]))
+    per_seq *= 2 if encodes else 1
     return small_plan(
         max_model_len=LONGEST,
         max_num_seqs=rows,
@@ -32,11 +33,12 @@ def plans(draw):
         page_size=page_size,
         num_pages=1 + per_seq + draw(st.integers(0, 2 * per_seq)),
         decode_window=draw(st.sampled_from([0, 1, 8, 32])),
+        encodes=encodes,
     )
 
 
 @st.composite
-def jobs(draw, earlier: list[Job]):
+def jobs(draw, earlier: list[Job], encodes: bool):
     """A fresh prompt, or one that goes on where an earlier request or its answer ended."""
     prompt = draw(st.lists(st.integers(0, ALPHABET - 1), min_size=1, max_size=14))
     salt = draw(st.sampled_from(["", "", "other"]))
@@ -46,7 +48,8 @@ def jobs(draw, earlier: list[Job]):
         kept = draw(st.integers(1, len(whole)))
         prompt, salt = [*whole[:kept], *prompt[:3]], before.salt
     prompt = tuple(prompt[: LONGEST - 1])
-    prompt_logprobs = draw(st.sampled_from([False, False, True]))
+    prompt_logprobs = not encodes and draw(st.sampled_from([False, False, True]))
+    read = st.lists(st.integers(0, ALPHABET - 1), min_size=1, max_size=LONGEST)
     return Job(
         prompt=prompt,
         max_tokens=draw(st.integers(0 if prompt_logprobs else 1, LONGEST - len(prompt))),
@@ -54,6 +57,7 @@ def jobs(draw, earlier: list[Job]):
         priority=draw(st.sampled_from([0, 0, 0, -1, 1])),
         salt=salt,
         prompt_logprobs=prompt_logprobs,
+        encoder=tuple(draw(read)) if encodes else (),
     )
 
 
@@ -70,7 +74,8 @@ def random_run(data: st.DataObject, most_events: int) -> None:
     for _ in range(data.draw(st.integers(1, most_events))):
         match data.draw(st.sampled_from(EVENTS)):
             case "add":
-                added.append(data.draw(jobs(added)))
+                encodes = bool(simulation.plan.encode_buckets)
+                added.append(data.draw(jobs(added, encodes)))
                 simulation.add(added[-1])
             case "step" if simulation.unfinished:
                 simulation.step()
@@ -199,6 +204,58 @@ def test_a_next_turn_finds_what_was_computed_and_no_more(stops_after, decode_win
     computed = len(PROMPT) + stops_after - 1
     assert chunks(simulation)[0][1] == computed // 4 * 4
     simulation.run()
+
+
+class TestEncoders:
+    """What an encoder makes of a prompt has pages of its own, from admission on."""
+
+    def test_pages_are_held_while_it_runs(self):
+        simulation = Simulation(small_plan(encodes=True))
+        seq = simulation.add(Job(prompt=(0,), encoder=PROMPT[:9], max_tokens=9))
+        simulation.schedule()
+        assert (len(seq.encoder_pages), len(seq.pages)) == (3, 1)
+        assert not set(seq.encoder_pages) & set(seq.pages)
+        simulation.run()
+        assert not seq.encoder_pages and simulation.pool.num_free == simulation.pool.num_pages
+
+    def test_one_is_admitted_only_with_pages_for_its_prompt(self):
+        """Of 16 pages the first takes 9, and the second wants 9."""
+        simulation = Simulation(small_plan(encodes=True, num_pages=17))
+        first, second = (
+            simulation.add(Job(prompt=(0,), encoder=(1,) * 32, max_tokens=2)) for _ in range(2)
+        )
+        simulation.schedule()
+        assert first.slot is not None and second.slot is None and not second.encoder_pages
+        simulation.run()
+
+    def test_a_step_reads_no_more_than_a_step_has(self):
+        """8 tokens: one that is encoded and begins takes 7; one longer than a step goes alone."""
+        simulation = Simulation(small_plan(encodes=True))
+        seqs = [
+            simulation.add(Job(prompt=(0,), encoder=(1,) * n, max_tokens=1)) for n in (6, 20, 3, 3)
+        ]
+        admitted = lambda: [seq for seq in seqs if seq.slot is not None]
+        simulation.schedule()
+        assert admitted() == seqs[:2]  # the second began where one token was left
+        simulation.schedule()
+        assert admitted() == seqs
+        simulation.run()
+
+    def test_one_that_is_preempted_is_encoded_again(self):
+        simulation = Simulation(small_plan(encodes=True, num_pages=17))
+        jobs = [Job(prompt=(0,), encoder=(n,) * 16, max_tokens=24) for n in range(2)]
+        for job in jobs:
+            simulation.add(job)
+        simulation.run()
+        assert simulation.scheduler.num_preemptions > 0
+
+    def test_decoders_share_no_prefix(self):
+        """The same tokens behind other prompts are other keys and values."""
+        simulation = Simulation(small_plan(encodes=True))
+        for n in range(2):
+            simulation.add(Job(prompt=PROMPT, encoder=(n,), max_tokens=4))
+            simulation.run()
+        assert simulation.scheduler.prefix_queries == simulation.scheduler.prefix_hits == 0
 
 
 def test_abort_frees_at_once():

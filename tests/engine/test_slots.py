@@ -1,11 +1,13 @@
 """What a request puts into the device's tables, and what only the model's sizes can refuse."""
 
+from dataclasses import replace
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
 
+from tests.engine.simulation import small_plan
 from xlinfer import sampling
 from xlinfer.engine.sequence import Sequence
 from xlinfer.engine.slots import (
@@ -20,6 +22,8 @@ from xlinfer.request import MAX_STOP_TOKEN_IDS, InvalidRequest, Request, Samplin
 from xlinfer.sampling import BAD_WORD_LENGTH, BAD_WORDS, NO_TOKEN, STOP_IDS, Wanted
 
 V, LONGEST, MOST_LOGPROBS = 100, 20, 5
+PLAN = small_plan(max_model_len=LONGEST, max_logprobs=MOST_LOGPROBS)
+READING = small_plan(max_model_len=LONGEST, max_logprobs=MOST_LOGPROBS, encodes=True)
 
 
 def request(prompt=(1, 2, 3), *, eos=(), bad_words=(), answer_index=0, **asked: Any) -> Request:
@@ -44,7 +48,7 @@ def tokens_of(bits: np.ndarray) -> list[int]:
 
 class TestCheckRequest:
     def check(self, request: Request) -> None:
-        check_request(request, V, LONGEST, MOST_LOGPROBS)
+        check_request(request, V, PLAN)
 
     @pytest.mark.parametrize(
         "good",
@@ -103,7 +107,35 @@ class TestCheckRequest:
         assert said in str(error.value)
 
     def test_all_logprobs_where_the_vocabulary_is_small(self):
-        check_request(request(logprobs=-1), V, LONGEST, V)
+        check_request(request(logprobs=-1), V, replace(PLAN, max_logprobs=V))
+
+
+class TestEncoders:
+    def reading(self, count: int, **asked: Any) -> Request:
+        return replace(request(prompt=(0,), **asked), encoder_token_ids=tuple(range(count)))
+
+    def test_the_encoders_input_is_as_long_as_a_sequence_at_most(self):
+        check_request(self.reading(LONGEST), V, READING)
+        with pytest.raises(InvalidRequest, match=r"encoder reads at most 20 tokens.* contains 21"):
+            check_request(self.reading(LONGEST + 1), V, READING)
+
+    @pytest.mark.parametrize(
+        "bad, plan, param",
+        [
+            (request(), READING, "prompt"),
+            (replace(request(), encoder_token_ids=(1,)), PLAN, "encoder_token_ids"),
+            (replace(request(), encoder_token_ids=(V,)), READING, "prompt"),
+            (
+                replace(request(prompt_logprobs=0), encoder_token_ids=(1,)),
+                READING,
+                "prompt_logprobs",
+            ),
+        ],
+    )
+    def test_refused(self, bad, plan, param):
+        with pytest.raises(InvalidRequest) as error:
+            check_request(bad, V, plan)
+        assert error.value.param == param
 
 
 def test_stop_ids():

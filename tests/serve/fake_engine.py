@@ -29,6 +29,7 @@ def make_plan(**changes) -> Plan:
         num_pages=128,
         token_buckets=(64,),
         decode_buckets=(8,),
+        encode_buckets=(),
         decode_window=1,
         max_logprobs=5,
     )

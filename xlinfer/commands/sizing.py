@@ -7,7 +7,7 @@ from typing import NamedTuple
 from converters import read_model
 from xlinfer.commands.costs import rates_of, work_of
 from xlinfer.deployment import CPU_CACHE_BYTES, Deployment, Sizes
-from xlinfer.plan import Memory, PlanError, pages_for
+from xlinfer.plan import Memory, PlanError
 from xlinfer.plan.roofline import Rates, Work, decode_step
 from xlinfer.setup import (
     Setup,
@@ -86,15 +86,16 @@ class Planned:
     def concurrency(self, context: int) -> int:
         """Sequences of so many tokens each that one replica runs at once."""
         plan = self.deployment.plan
-        each = pages_for(min(context, plan.max_model_len), plan.page_size)
+        each = plan.pages_at(min(context, plan.max_model_len))
         return min(plan.max_num_seqs, (plan.num_pages - 1) // each)
 
     def longest(self) -> int:
         """Tokens of the longest sequence whose keys and values fit, at most what the model was
         made for."""
         pages = cache_room(self.memory, self.target) // self.memory.page_bytes - 1
-        positions = self.deployment.facts.max_position_embeddings
-        return max(0, min(positions, pages * self.deployment.plan.page_size))
+        facts, page_size = self.deployment.facts, self.deployment.plan.page_size
+        pages //= 2 if facts.has_encoder else 1  # as many for the prompt
+        return max(0, min(facts.max_position_embeddings, pages * page_size))
 
 
 def plan_for(wish: Wish) -> Planned:
@@ -156,7 +157,7 @@ def _planned(setup: Setup, target: Target) -> Planned:
         deployment = deployment_of(shapes, setup.sizes)
     except PlanError:
         with_pages = lambda pages: deployment_of(shapes, replace(setup.sizes, num_pages=pages))
-        fewest = with_pages(UNBOUNDED).plan.pages_per_seq + 1
+        fewest = with_pages(UNBOUNDED).plan.fewest_pages
         if asked is not None and asked >= fewest:
             raise
         deployment = with_pages(fewest)

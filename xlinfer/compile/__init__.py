@@ -49,6 +49,7 @@ Say = Callable[[str], None]
 class Executables:
     forward: dict[int, Compiled]  # by token bucket
     decode: dict[int, Compiled]  # by row bucket; empty without a decode window
+    encode: dict[int, Compiled]  # by token bucket; empty without an encoder
     sample: Compiled
     score: Compiled
     admit: Compiled
@@ -58,7 +59,8 @@ class Executables:
     def of(cls, programs: Mapping[Key, Compiled]) -> "Executables":
         by_bucket = lambda kind: {size: p for (name, size), p in programs.items() if name == kind}
         one = {name: programs[name, 0] for name in ("sample", "score", "admit", "allocate")}
-        return cls(forward=by_bucket("forward"), decode=by_bucket("decode"), **one)
+        many = {name: by_bucket(name) for name in ("forward", "decode", "encode")}
+        return cls(**many, **one)
 
 
 def title(key: Key) -> str:

@@ -30,11 +30,11 @@ from xlinfer.compile.store import Store, check_private, host_kind, versions
 from xlinfer.compile.trees import decode_array, encode_array
 from xlinfer.deployment import Deployment, Sizes
 from xlinfer.plan import Plan
-from xlinfer.programs import decode_shapes, forward_shapes, sample_shapes
+from xlinfer.programs import decode_shapes, encode_shapes, forward_shapes, sample_shapes
 from xlinfer.sampling import empty_slots
 
 MANIFEST, PROGRAMS, PARAMETERS = "compiled.json", "programs", "parameters"
-FORMAT = 1
+FORMAT = 2
 
 
 class ArtifactError(ValueError):
@@ -191,7 +191,7 @@ def open_artifact(directory: str | Path, devices: Sequence[Any]) -> Opened:
         count = int(np.prod(list(size.values())))
         mesh = jax.make_mesh(tuple(size.values()), tuple(size), types, devices=devices[:count])
         given = dict(manifest["plan"])
-        for name in ("token_buckets", "decode_buckets"):
+        for name in ("token_buckets", "decode_buckets", "encode_buckets"):
             given[name] = tuple(given[name])
         _check_files(path, manifest["files"], manifest["programs"])
         return Opened(
@@ -274,6 +274,7 @@ def _check_call(name: str, key: Sequence[Any], description: Mapping[str, Any], o
     wanted = {
         "forward": lambda: [packed(forward_shapes(plan, key[1]))],
         "decode": lambda: [packed(decode_shapes(plan, key[1]))],
+        "encode": lambda: [packed(encode_shapes(key[1]))],
         "sample": lambda: [packed(sample_shapes(plan))],
         "admit": lambda: [
             list(x.shape) for x in jax.tree.leaves(empty_slots(plan.max_num_seqs + 1, vocab))

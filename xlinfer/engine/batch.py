@@ -8,7 +8,14 @@ from xlinfer.engine.scheduler import Chunk, Decode, Forward
 from xlinfer.engine.sequence import Sequence
 from xlinfer.engine.slots import needs
 from xlinfer.plan import Plan
-from xlinfer.programs import FROM_DEVICE, DecodeInput, ForwardInput, SampleInput
+from xlinfer.programs import (
+    FROM_DEVICE,
+    DecodeInput,
+    Encoded,
+    EncodeInput,
+    ForwardInput,
+    SampleInput,
+)
 from xlinfer.sampling import Wanted
 
 
@@ -22,13 +29,26 @@ class Batcher:
         self._plan = plan
         self._apart = decode_rows_apart  # give single-token rows to the decode path of attention
         self._pages_ZM = np.zeros((plan.max_num_seqs + 1, plan.pages_per_seq), np.int32)
+        self._encoder_pages_ZM = np.zeros_like(self._pages_ZM)
+        self._encoder_len_Z = np.zeros(plan.max_num_seqs + 1, np.int32)
         self._written = [0] * plan.max_num_seqs
         self._needs_ZW = np.zeros((plan.max_num_seqs, len(Wanted._fields)), bool)
 
     def admit(self, seq: Sequence) -> None:
         """The sequence has its slot from here on."""
         self._written[seq.held_slot] = 0
+        self._encoder_pages_ZM[seq.held_slot, : len(seq.encoder_pages)] = seq.encoder_pages
+        self._encoder_len_Z[seq.held_slot] = seq.num_encoded
         self._needs_ZW[seq.held_slot] = needs(seq.request.sampling)
+
+    def encode(self, seq: Sequence) -> EncodeInput:
+        """Its encoder's input, and where in its pages the keys and values of each token go."""
+        tokens, size = np.array(seq.request.encoder_token_ids, np.int32), self._plan.page_size
+        token_T, page_T, offset_T = np.zeros((3, self._plan.encode_bucket(len(tokens))), np.int32)
+        here, pos_T = slice(0, len(tokens)), np.arange(len(tokens))
+        token_T[here], offset_T[here] = tokens, pos_T % size
+        page_T[here] = np.array(seq.encoder_pages, np.int32)[pos_T // size]
+        return EncodeInput(token_T, page_T, offset_T, np.int32(len(tokens)))
 
     def forward(self, step: Forward) -> ForwardInput:
         plan, chunks = self._plan, step.chunks
@@ -39,7 +59,8 @@ class Batcher:
         kv_len_R = np.zeros(plan.max_num_seqs, np.int32)
         start_R = np.full(plan.max_num_seqs + 1, step.num_tokens, np.int32)
         pages_RM = np.zeros((plan.max_num_seqs, plan.pages_per_seq), np.int32)
-        pages_RM[:rows] = self._pages_ZM[[chunk.seq.held_slot for chunk in chunks]]
+        slots = [chunk.seq.held_slot for chunk in chunks]
+        pages_RM[:rows] = self._pages_ZM[slots]
         t = 0
         for r, (seq, start, count) in enumerate((c.seq, c.start, c.count) for c in chunks):
             start_R[r], kv_len_R[r] = t, start + count
@@ -54,7 +75,7 @@ class Batcher:
         single = sum(chunk.count == 1 for chunk in chunks) if self._apart else 0
         return ForwardInput(
             token_T, pos_T, page_T, offset_T, slot_T, pages_RM, kv_len_R, start_R,
-            np.int32(single), np.int32(rows),
+            np.int32(single), np.int32(rows), self._encoded(slots, plan.max_num_seqs),
         )  # fmt: skip
 
     def sample(self, step: Forward) -> SampleInput | None:
@@ -79,6 +100,7 @@ class Batcher:
         return DecodeInput(
             slot_R, _padded(before_R, rows), self._pages_ZM[slot_R],
             np.int32(len(step.seqs)), np.int32(step.steps), self._wanted(step.seqs),
+            self._encoded([seq.held_slot for seq in step.seqs], rows),
         )  # fmt: skip
 
     def targets(self, step: Forward) -> np.ndarray | None:
@@ -99,6 +121,12 @@ class Batcher:
             if (done := self._written[slot]) < len(seq.pages):
                 self._pages_ZM[slot, done : len(seq.pages)] = seq.pages[done:]
                 self._written[slot] = len(seq.pages)
+
+    def _encoded(self, slots: list[int], rows: int) -> Encoded | None:
+        if not self._plan.encode_buckets:
+            return None
+        slot_R = _padded(slots, rows, self._plan.max_num_seqs)  # padding's, which has no tokens
+        return Encoded(self._encoder_pages_ZM[slot_R], self._encoder_len_Z[slot_R])
 
     def _slots(self, seqs: Iterable[Sequence], rows: int) -> np.ndarray:
         return _padded([seq.held_slot for seq in seqs], rows, self._plan.max_num_seqs)

@@ -50,12 +50,13 @@ class Ready:
 
 
 class Engine:
-    """Serves any module that has the members of `xlinfer.models.CausalLM`, with the arrays it
-    holds: they are not copied, cast or moved.
+    """Serves any module that has the members of `xlinfer.models.CausalLM`, or of
+    `EncoderDecoderLM`, with the arrays it holds: they are not copied, cast or moved.
 
     Arguments beside the module:
       mesh: the devices; by default those of the module's first parameter.
-      max_model_len: tokens of a sequence, prompt and answer; by default the model's positions.
+      max_model_len: tokens of a sequence, prompt and answer, or of each where an encoder reads
+        the prompt; by default the model's positions.
       max_num_seqs, max_num_batched_tokens: rows and tokens of one step.
       page_size: tokens of a KV page.  num_pages: by default what the memory budget holds, and
         no more than all rows at full length need.
@@ -149,7 +150,7 @@ class Engine:
 
     def add_request(self, request: Request) -> None:
         """Queue a request. Raises InvalidRequest, and then nothing has changed."""
-        check_request(request, self.vocab_size, self.plan.max_model_len, self.plan.max_logprobs)
+        check_request(request, self.vocab_size, self.plan)
         if request.request_id in self._sequences:
             message = f"The request id {request.request_id!r} is in use."
             raise InvalidRequest("request_id", message)

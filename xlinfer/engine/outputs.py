@@ -54,7 +54,7 @@ class Outputs:
             return None
         out, tokens = self._output(seq), seq.tokens[-count:]
         if len(seq.tokens) - count == seq.num_prompt:
-            self.prompt_tokens += seq.num_prompt
+            self.prompt_tokens += seq.num_encoded or seq.num_prompt
             if seq.request.sampling.prompt_logprobs is not None:
                 out.prompt_logprobs = self._prompt_logprobs.pop(seq, [None])
         self.generation_tokens += count

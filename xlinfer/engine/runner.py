@@ -99,6 +99,9 @@ class Runner:
             self._slots, np.int32(seq.held_slot), slot_params(seq, self._vocab_size, seq.seed),
             np.int32(seq.tokens[-1]), recent_tokens(seq), output_counts(seq, self._vocab_size),
         )  # fmt: skip
+        if seq.num_encoded:
+            encode = self._run.encode[self._plan.encode_bucket(seq.num_encoded)]
+            self._kv = encode(self.params, self._kv, pack(self._batcher.encode(seq)))
 
 
 def _asked(sampled: Sampled, wanted: Wanted) -> Sampled:

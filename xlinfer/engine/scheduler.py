@@ -24,7 +24,7 @@ class Chunk:
     start: int
     count: int
     samples: bool  # they reach its end and the step gives it a new token
-    admitted: bool  # it has its slot from this step on
+    admitted: bool  # it has its slot from this step on; what an encoder reads is read first
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +103,8 @@ class Scheduler:
 
     def check(self) -> None:
         """AssertionError when the invariant does not hold."""
-        self.pool.check(page for seq in self.running for page in seq.pages)
+        held = (page for seq in self.running for page in (*seq.pages, *seq.encoder_pages))
+        self.pool.check(held)
         slots = [seq.held_slot for seq in self.running] + self._slots
         assert sorted(slots) == list(range(self.plan.max_num_seqs)), "a slot was lost"
         assert self.num_waiting == sum(not s.finished for _, s in self._waiting)
@@ -123,6 +124,7 @@ class Scheduler:
             return None
         hits = self._find_prefix(seq)
         needed = self._pages_for(seq.length + 1) - len(hits) + self.pool.num_unheld(hits)
+        needed += self._pages_for(seq.num_encoded)
         # Alone, a sequence always fits; beside others, only if its whole prompt does.
         return seq if needed <= self.pool.num_free or not self.running else None
 
@@ -136,13 +138,14 @@ class Scheduler:
             if self._reserve(seq, seq.computed + count, chunks):
                 chunks[seq] = self._advance(seq, count, admitted=False)
                 budget -= count
-        while budget and (seq := self._next_waiting()) is not None:
+        while budget > 0 and (seq := self._next_waiting()) is not None:
             self._admit(seq)
             count = min(seq.length - seq.computed, budget)
             if not self._reserve(seq, seq.computed + count, chunks):
                 break
             chunks[seq] = self._advance(seq, count, admitted=True)
-            budget -= count
+            # Encoding is as much work as a prefill, whose last may be cut; this one may not.
+            budget -= count + seq.num_encoded
         if not chunks:
             return None
         return Forward(chunks=tuple(sorted(chunks.values(), key=lambda c: c.count > 1)))
@@ -177,6 +180,7 @@ class Scheduler:
         hits = self._find_prefix(seq)
         self.pool.share(hits)
         seq.pages = hits
+        seq.encoder_pages = self.pool.take(self._pages_for(seq.num_encoded))
         seq.computed = len(hits) * self.plan.page_size
         seq.remembered = len(hits)
         self.running.append(seq)
@@ -217,7 +221,9 @@ class Scheduler:
         self.running.remove(seq)
         self._slots.append(seq.held_slot)
         self.pool.give(seq.pages)
-        seq.slot, seq.pages, seq.computed, seq.remembered = None, [], 0, 0
+        self.pool.give(seq.encoder_pages)
+        seq.slot, seq.pages, seq.encoder_pages = None, [], []
+        seq.computed = seq.remembered = 0
 
     def _pages_for(self, length: int) -> int:
         return -(-length // self.plan.page_size)
@@ -229,8 +235,11 @@ class Scheduler:
         )
 
     def _cacheable(self, seq: Sequence) -> bool:
-        """Log-probabilities of the prompt need its every token computed anew."""
-        return self._caching and seq.request.sampling.prompt_logprobs is None
+        """Log-probabilities of the prompt need its every token computed anew; what a decoder makes
+        of its tokens hangs on the encoder's."""
+        if seq.num_encoded or seq.request.sampling.prompt_logprobs is not None:
+            return False
+        return self._caching
 
     def _find_prefix(self, seq: Sequence) -> list[int]:
         """Cached pages of its tokens; one token at least is left to compute."""
@@ -241,7 +250,7 @@ class Scheduler:
 
     def _remember(self, seq: Sequence, known: int) -> None:
         """Offer the pages that are full of computed tokens, the first `known`, as prefixes."""
-        if not self._caching:
+        if not self._caching or seq.num_encoded:
             return
         full = min(seq.computed, known) // self.plan.page_size
         if full > seq.remembered:

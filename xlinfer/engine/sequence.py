@@ -22,6 +22,7 @@ class Sequence:
     pending: int = 0  # sampled, value not known to the host yet
     computed: int = 0
     pages: list[int] = field(default_factory=list)
+    encoder_pages: list[int] = field(default_factory=list)  # of what the encoder made of its prompt
     keys: list[bytes] = field(default_factory=list)  # of the full pages of `tokens`
     remembered: int = 0  # leading pages offered to the prefix cache
     slot: int | None = None  # its place in the device's per-request state, while it runs
@@ -36,6 +37,11 @@ class Sequence:
     @property
     def num_prompt(self) -> int:
         return len(self.request.prompt_token_ids)
+
+    @property
+    def num_encoded(self) -> int:
+        """Tokens that an encoder reads; 0 where there is none."""
+        return len(self.request.encoder_token_ids)
 
     @property
     def held_slot(self) -> int:

@@ -5,6 +5,7 @@ import hashlib
 import numpy as np
 
 from xlinfer.engine.sequence import Sequence
+from xlinfer.plan import Plan
 from xlinfer.request import MAX_LOGIT_BIAS, InvalidRequest, Request, SamplingParams
 from xlinfer.sampling import BAD_WORD_LENGTH, BAD_WORDS, NO_TOKEN, STOP_IDS, SlotParams, Wanted
 
@@ -15,9 +16,11 @@ def stop_ids(request: Request) -> tuple[int, ...]:
     return tuple(dict.fromkeys((*eos, *(request.sampling.stop_token_ids or ()))))
 
 
-def check_request(request: Request, vocab_size: int, max_model_len: int, max_logprobs: int) -> None:
-    """Raise InvalidRequest for what only the model's sizes can tell."""
+def check_request(request: Request, vocab_size: int, plan: Plan) -> None:
+    """Raise InvalidRequest for what only the model and its sizes can tell."""
     prompt, sampling = request.prompt_token_ids, request.sampling
+    max_model_len, max_logprobs = plan.max_model_len, plan.max_logprobs
+    _check_encoder(request, plan)
     if not prompt:
         raise InvalidRequest("prompt", "The prompt must hold at least one token.")
     room = max_model_len if sampling.max_tokens == 0 else max_model_len - 1
@@ -29,6 +32,7 @@ def check_request(request: Request, vocab_size: int, max_model_len: int, max_log
         )
     for name, tokens in (
         ("prompt", prompt),
+        ("prompt", request.encoder_token_ids),
         ("logit_bias", sampling.logit_bias or ()),
         ("stop_token_ids", sampling.stop_token_ids or ()),
         ("allowed_token_ids", sampling.allowed_token_ids or ()),
@@ -55,6 +59,30 @@ def check_request(request: Request, vocab_size: int, max_model_len: int, max_log
     if len(stop_ids(request)) > STOP_IDS:
         message = f"At most {STOP_IDS} tokens may end an answer, the model's own included."
         raise InvalidRequest("stop_token_ids", message)
+
+
+def _check_encoder(request: Request, plan: Plan) -> None:
+    read = request.encoder_token_ids
+    if not plan.encode_buckets:
+        if read:
+            message = "The model has no encoder: give the prompt's tokens as prompt_token_ids."
+            raise InvalidRequest("encoder_token_ids", message)
+        return
+    if not read:
+        message = "The prompt, which the model's encoder reads, must hold at least one token."
+        raise InvalidRequest("prompt", message)
+    if len(read) > plan.max_model_len:
+        raise InvalidRequest(
+            "prompt",
+            f"This model's encoder reads at most {plan.max_model_len} tokens. However, your prompt "
+            f"contains {len(read)} input tokens. Please reduce the length of the prompt.",
+        )
+    if request.sampling.prompt_logprobs is not None:
+        raise InvalidRequest(
+            "prompt_logprobs",
+            "prompt_logprobs is set, but this model's prompt is what its encoder reads, and an "
+            "encoder gives no probabilities.",
+        )
 
 
 def needs(sampling: SamplingParams) -> np.ndarray:
