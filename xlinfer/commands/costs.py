@@ -13,7 +13,9 @@ from xlinfer.plan.roofline import Rates, Work
 from xlinfer.target import Chip
 
 EMBEDDING, HEAD = "embed_VD", "head_DV"
-TABLES = (EMBEDDING, "positions_MD")  # of which a step reads its tokens' rows
+# Of the first a step reads its tokens' rows, of the second attention those of distances; the others
+# run where a prompt is read, once: an encoder, and what the decoder's layers make of its output.
+UNREAD = re.compile(rf"({EMBEDDING}|.*positions_MD|.*distance_BN|encoder\..*|.*\.cross\.[kv]_.*)")
 EXPERTS = re.compile(r"\.(gate_up_EID|down_EDI)\b")
 NO_MATRIX = re.compile(r"(bias|scale)")  # of a product: those of norms and QTensors
 
@@ -27,7 +29,7 @@ def work_of(deployment: Deployment, config: ModelConfig) -> Work:
         size, numbers = bytes_on_one(x), _numbers(x)
         if path == HEAD or (path == EMBEDDING and config.tie_word_embeddings):
             head_bytes, head_flops = size, 2 * numbers
-        elif path in TABLES:
+        elif UNREAD.fullmatch(path):
             continue
         elif EXPERTS.search(path):
             expert_bytes += size
@@ -38,6 +40,7 @@ def work_of(deployment: Deployment, config: ModelConfig) -> Work:
             layer_flops += 2 * numbers if is_matrix else 0
     moe, facts = config.moe, deployment.facts
     experts = 0 if moe is None else moe.num_experts
+    crosses = 2 if facts.has_encoder else 1  # attentions of a layer: to a prompt as long, too
     return Work(
         devices=n,
         layer_bytes=layer_bytes,
@@ -49,11 +52,12 @@ def work_of(deployment: Deployment, config: ModelConfig) -> Work:
         expert_bytes=expert_bytes * n // experts if experts else 0,
         expert_flops=2 * expert_numbers * n // experts if experts else 0,
         windows=config.windows,
-        kv_bytes=deployment.memory.page_bytes / deployment.spec.page_size / facts.num_layers,
-        pair_flops=4 * facts.num_heads // n * facts.head_dim,
+        kv_bytes=crosses
+        * (deployment.memory.page_bytes / deployment.spec.page_size / facts.num_layers),
+        pair_flops=crosses * 4 * facts.num_heads // n * facts.head_dim,
         hidden_bytes=config.hidden_size * itemsize,
-        # After attention and after the MLP of each layer, and of the embedding's rows.
-        all_reduces=2 * facts.num_layers + 1,
+        # After each attention and after the MLP of each layer, and of the embedding's rows.
+        all_reduces=(crosses + 1) * facts.num_layers + 1,
         vocab_size=facts.vocab_size,
     )
 

@@ -18,7 +18,6 @@ from converters.quantization import KEYS
 from xlinfer.commands.changes import Change
 from xlinfer.commands.sizing import Planned, Wish
 from xlinfer.deployment import activation_bytes, bytes_on_one, sampler_bytes
-from xlinfer.plan import pages_for
 from xlinfer.plan.roofline import (
     Step,
     decode_step,
@@ -58,7 +57,10 @@ def report(
         "programs": _programs(planned),
         "weights": _weights(planned),
         "decode": [_decode(planned, batch, context) for batch in BATCHES] if fits else [],
-        "prefill": [_prefill(planned, prompt) for prompt in _prompts(planned)] if fits else [],
+        # What an encoder does with a prompt is not counted.
+        "prefill": [_prefill(planned, prompt) for prompt in _prompts(planned)]
+        if fits and not planned.deployment.facts.has_encoder
+        else [],
         "load": _load(planned),
         "notes": _notes(planned),
     }
@@ -155,9 +157,9 @@ def _kv_cache(planned: Planned, context: int) -> dict[str, Any]:
 
 def _programs(planned: Planned) -> dict[str, Any]:
     plan = asdict(planned.deployment.plan)
-    names = ("token_buckets", "decode_buckets", "decode_window")
+    names = ("token_buckets", "decode_buckets", "encode_buckets", "decode_window")
     others = ("max_num_seqs", "max_num_batched_tokens", "max_logprobs")
-    buckets = len(plan["token_buckets"]) + len(plan["decode_buckets"])
+    buckets = sum(len(plan[name]) for name in names if name.endswith("buckets"))
     return {
         **{name: plan[name] for name in (*names, *others)},
         # Beside the buckets': sample, score, admit, allocate.
@@ -201,7 +203,7 @@ def _times(steps: Sequence[Step]) -> dict[str, Any]:
 
 def _decode(planned: Planned, batch: int, context: int) -> dict[str, Any]:
     step, plan = decode_rates(planned, batch, context), planned.deployment.plan
-    pages = batch * pages_for(context, plan.page_size) + 1
+    pages = batch * plan.pages_at(context) + 1
     return {
         "batch": batch,
         "context_tokens": context,
@@ -285,6 +287,12 @@ def _notes(planned: Planned) -> list[str]:
             "other; what goes between devices (two all-reduces a layer, all logits to each) "
             "overlaps neither; starting programs and transfers takes no time"
             + ("; experts are chosen with equal chances." if planned.work.num_experts else ".")
+        )
+    if planned.deployment.facts.has_encoder:
+        notes.append(
+            "An encoder reads the prompt, and a sequence holds pages for it beside its own. "
+            "Sequences are counted with prompts as long as they are, and rates are the decoder's, "
+            "with what it reads of such a prompt."
         )
     estimates = "Temporaries and load times are" if planned.fit.fits else "Temporaries are"
     notes.append(f"{estimates} estimates.")

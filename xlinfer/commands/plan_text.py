@@ -10,8 +10,8 @@ WIDTH = 100
 def as_text(made: dict[str, Any]) -> str:
     parts = [_head(made), _memory(made)]
     if made["fits"]:
-        parts += [_kv_cache(made), _programs(made), _weights(made), _decode(made), _prefill(made)]
-        parts += [_load(made)]
+        parts += [_kv_cache(made), _programs(made), _weights(made), _decode(made)]
+        parts += [*([_prefill(made)] if made["prefill"] else []), _load(made)]
     else:
         parts += [_changes(made)]
     notes = [textwrap.fill(note, WIDTH) for note in made["notes"]]
@@ -105,6 +105,7 @@ def _programs(made: dict[str, Any]) -> str:
     rows = [
         ("forward, tokens", listed("token_buckets")),
         ("decode, rows", listed("decode_buckets")),
+        *([("encode, tokens", listed("encode_buckets"))] if programs["encode_buckets"] else []),
         ("others", f"sample score admit allocate; attention by {programs['attention_impl']}"),
     ]
     return _block(f"Programs, {programs['count']} to compile", rows)

@@ -45,8 +45,7 @@ async def create_chat_completion(server: Server, request: Request) -> Response:
         raise InvalidRequest(
             max_tokens_param, f"{max_tokens_param} must be at least 1, got {max_tokens}."
         )
-    most = server.plan.max_model_len
-    ids = truncated(ids, body, max_model_len=most, max_tokens=max_tokens)
+    ids = truncated(server, ids, body, max_tokens=max_tokens)
     sampling = sampling_params(
         server,
         body,
@@ -64,6 +63,7 @@ async def create_chat_completion(server: Server, request: Request) -> Response:
         sampling,
         tokenizer=server.tokenizer,
         eos_token_ids=server.eos_token_ids,
+        decoder_start=server.decoder_start,
         prompt=prompt,
         priority=body.priority or 0,
         arrival_time=arrival,

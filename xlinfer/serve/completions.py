@@ -30,6 +30,9 @@ async def create_completion(server: Server, request: Request) -> Response:
     body = await server.read(request, CompletionBody)
     arrival = monotonic()
     check_streaming(body)
+    if body.echo and server.decoder_start:
+        message = "echo: this model's answer does not go on from the prompt, its encoder's input."
+        raise InvalidRequest("echo", message)
     prompts = read_prompts(body.prompt)
     sequences = len(prompts) * max(body.n or 1, 1)
     if sequences > MAX_SEQUENCES:
@@ -40,9 +43,7 @@ async def create_completion(server: Server, request: Request) -> Response:
     texts = []
     for prompt in prompts:
         ids = await _prompt_ids(server, body, prompt)
-        kept = truncated(
-            ids, body, max_model_len=server.plan.max_model_len, max_tokens=body.max_tokens
-        )
+        kept = truncated(server, ids, body, max_tokens=body.max_tokens)
         text = prompt if isinstance(prompt, str) and kept is ids else None
         texts.append(
             TextRequest(
@@ -51,6 +52,7 @@ async def create_completion(server: Server, request: Request) -> Response:
                 _sampling(server, body, len(kept)),
                 tokenizer=server.tokenizer,
                 eos_token_ids=server.eos_token_ids,
+                decoder_start=server.decoder_start,
                 prompt=text,
                 priority=body.priority or 0,
                 arrival_time=arrival,

@@ -175,6 +175,7 @@ class LLM:
                 params[n] or default,
                 tokenizer=self.tokenizer,
                 eos_token_ids=self._generation.eos_token_ids,
+                decoder_start=self._generation.decoder_start_token_ids,
                 prompt=prompt,
                 priority=priorities[n] or 0,
                 arrival_time=monotonic(),

@@ -29,12 +29,17 @@ def sampling_params(
 ) -> SamplingParams:
     """Raises InvalidRequest. `max_tokens` is what the client asked for; if it is None, the
     default applies as far as the context allows (a default of None: all that it allows)."""
-    most = server.plan.max_model_len
-    room = most - prompt_tokens
+    most, room = server.plan.max_model_len, server.answer_room(prompt_tokens)
     if room < (0 if max_tokens == 0 else 1):
         raise too_long(most, prompt_tokens, prompt_param)
     if max_tokens is None:
         max_tokens = room if default_max_tokens is None else min(default_max_tokens, room)
+    elif max_tokens > room and server.decoder_start:
+        raise InvalidRequest(
+            max_tokens_param,
+            f"This model's answers have at most {room} tokens, whatever the prompt. However, you "
+            f"requested {max_tokens} output tokens. Please reduce the number of requested tokens.",
+        )
     elif max_tokens > room:
         raise InvalidRequest(
             max_tokens_param,
@@ -49,6 +54,9 @@ def sampling_params(
         values[name] = getattr(server.generation, name) if asked is None else asked
     values |= {"max_tokens": max_tokens}
     values |= {"logprobs": logprobs, "prompt_logprobs": prompt_logprobs}
+    if prompt_logprobs is not None and server.decoder_start:
+        message = "prompt_logprobs: the prompt is what this model's encoder reads; it has none."
+        raise InvalidRequest("prompt_logprobs", message)
     for name, asked in (("logprobs", logprobs), ("prompt_logprobs", prompt_logprobs)):
         count = server.vocab_size if asked == -1 else asked
         if count is not None and count > (allowed := server.plan.max_logprobs):
@@ -70,7 +78,7 @@ def check_streaming(body: SamplingBody) -> None:
 
 
 def truncated(
-    ids: list[int], body: SamplingBody, *, max_model_len: int, max_tokens: int | None
+    server: Server, ids: list[int], body: SamplingBody, *, max_tokens: int | None
 ) -> list[int]:
     """The prompt cut to `truncate_prompt_tokens` (-1: what the context holds beside max_tokens),
     keeping its end unless `truncation_side` is "right". Raises InvalidRequest."""
@@ -79,11 +87,12 @@ def truncated(
             "truncation_side",
             f"truncation_side must be 'left' or 'right', got {body.truncation_side!r}.",
         )
-    keep = body.truncate_prompt_tokens
+    keep, max_model_len = body.truncate_prompt_tokens, server.plan.max_model_len
     if keep is None:
         return ids
     if keep == -1:
-        keep = max(1, max_model_len - (max_tokens or 1))
+        # What an encoder reads takes no place of the answer's.
+        keep = max_model_len if server.decoder_start else max(1, max_model_len - (max_tokens or 1))
     if not 1 <= keep <= max_model_len:
         raise InvalidRequest(
             "truncate_prompt_tokens",

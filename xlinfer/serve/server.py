@@ -60,11 +60,25 @@ class Server:
         return self.engine.ready.result().generation.eos_token_ids
 
     @property
+    def decoder_start(self) -> tuple[int, ...]:
+        """What a decoder begins with, whose encoder reads the prompt; empty: there is none."""
+        return self.engine.ready.result().generation.decoder_start_token_ids
+
+    @property
     def generation(self) -> GenerationConfig:
         """Defaults for requests that are silent."""
         if self.options.generation_config == "none":
-            return GenerationConfig(eos_token_ids=self.eos_token_ids)
+            return GenerationConfig(
+                eos_token_ids=self.eos_token_ids, decoder_start_token_ids=self.decoder_start
+            )
         return self.engine.ready.result().generation
+
+    def answer_room(self, prompt_tokens: int) -> int:
+        """Tokens that the answer to such a prompt may have; below 0 where that is too long."""
+        most = self.plan.max_model_len
+        if not self.decoder_start or prompt_tokens > most:
+            return most - prompt_tokens
+        return most - len(self.decoder_start)
 
     async def read[T: Body](self, request: Request, kind: type[T]) -> T:
         """The request's body, once its fields and its model's name are known to be right.

@@ -75,7 +75,8 @@ class Delta:
 class TextRequest:
     """One prompt and its n answers, of which it keeps the state.
 
-    Raises InvalidRequest when `sampling` cannot be put into tokens.
+    `decoder_start` is what the decoder of an encoder-decoder model begins with: the prompt is its
+    encoder's. Raises InvalidRequest when `sampling` cannot be put into tokens.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class TextRequest:
         *,
         tokenizer: Tokenizer,
         eos_token_ids: Sequence[int] = (),
+        decoder_start: Sequence[int] = (),
         prompt: str | None = None,
         priority: int = 0,
         arrival_time: float = 0.0,
@@ -96,12 +98,14 @@ class TextRequest:
         self.prompt_logprobs: list[TokenLogprobs | None] | None = None
         self.num_cached_tokens = 0
         self.answers = [
-            Answer(index, self.prompt_token_ids, sampling, tokenizer) for index in range(sampling.n)
+            Answer(index, decoder_start or self.prompt_token_ids, sampling, tokenizer)
+            for index in range(sampling.n)
         ]
         self._tokenizer = tokenizer
         first = Request(
             request_id=sequence_id(0, request_id),
-            prompt_token_ids=self.prompt_token_ids,
+            prompt_token_ids=tuple(decoder_start) or self.prompt_token_ids,
+            encoder_token_ids=self.prompt_token_ids if decoder_start else (),
             sampling=sampling,
             eos_token_ids=tuple(eos_token_ids),
             bad_words_token_ids=tokenize_bad_words(sampling.bad_words or (), tokenizer),
