@@ -54,7 +54,7 @@ HARMLESS = frozenset(
     """.split()
 )
 TIED = ("model.encoder.embed_tokens.weight", "model.decoder.embed_tokens.weight", "lm_head.weight")
-COPIES = dict.fromkeys(TIED, "model.shared.weight")
+COPIES: Mapping[str, str] = dict.fromkeys(TIED, "model.shared.weight")
 
 
 def read_bart(constants: Constants) -> ModelConfig:

@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +18,11 @@ from tests.engine.test_engine import GREEDY, run
 from xlinfer.deployment import Sizes, deploy, facts_of
 from xlinfer.engine.engine import Engine
 from xlinfer.mesh import make_mesh
+from xlinfer.models import EncoderDecoder
 from xlinfer.request import InvalidRequest, Request, SamplingParams
 from xlinfer.weights import load_model
 
-ROOMY = {"max_num_seqs": 4, "max_num_batched_tokens": 64, "max_model_len": 64}
+ROOMY: dict[str, Any] = {"max_num_seqs": 4, "max_num_batched_tokens": 64, "max_model_len": 64}
 
 
 def start_of(name: str) -> tuple[int, ...]:
@@ -129,6 +131,7 @@ def test_new_weights_encode_again():
     engine.add_request(request(0, name, prompt, SamplingParams(temperature=0, max_tokens=30)))
     before = [t for out in engine.step() for t in out.token_ids]
     other = nnx.clone(model)
+    assert isinstance(other, EncoderDecoder)
     norm = other.encoder.norm.scale_D
     norm.set_value(jnp.flip(norm.get_value()))
     engine.update_weights(nnx.state(other))

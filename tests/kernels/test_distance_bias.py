@@ -60,7 +60,7 @@ def test_a_cache_equals_the_definition_which_equals_rows(keys):
     got, pages = run(**args)
     ragged, n = args["ragged"], paged_cases.num_tokens(case)
     definition = lambda b_NX: paged_reference.definition(
-        args["q_TNH"], *pages, args["layer"], *ragged, window=args["window"],
+        args["q_TNH"], pages.k_LPKSH, pages.v_LPKSH, args["layer"], *ragged, window=args["window"],
         scale=static["scale"], distance_bias_NX=b_NX,
     )  # fmt: skip
     want = definition(args["distance_bias_NX"])

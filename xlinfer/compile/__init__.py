@@ -59,8 +59,12 @@ class Executables:
     def of(cls, programs: Mapping[Key, Compiled]) -> "Executables":
         by_bucket = lambda kind: {size: p for (name, size), p in programs.items() if name == kind}
         one = {name: programs[name, 0] for name in ("sample", "score", "admit", "allocate")}
-        many = {name: by_bucket(name) for name in ("forward", "decode", "encode")}
-        return cls(**many, **one)
+        return cls(
+            forward=by_bucket("forward"),
+            decode=by_bucket("decode"),
+            encode=by_bucket("encode"),
+            **one,
+        )
 
 
 def title(key: Key) -> str:

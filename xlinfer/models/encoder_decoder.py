@@ -175,7 +175,11 @@ class Stack(nnx.Module):
 
     def keep(self, x_BTD: Float[Array, "B T D"], keep: Keep, kv: KV) -> KV:
         """The cache with the keys and values that each layer makes of the encoder's output."""
-        each = lambda block, kv, index: keep(*block.cross.keys_values(x_BTD), kv, layer=index)
+
+        def each(block: Layer, kv: KV, index):
+            k_BTKH, v_BTKH = block.cross.keys_values(x_BTD)
+            return keep(k_BTKH, v_BTKH, kv, layer=index)
+
         return self._over_layers(each, kv)
 
     def _over_layers(self, run, carry):
