@@ -53,8 +53,12 @@ HARMLESS = frozenset(
     init_std output_past save_step _num_labels
     """.split()
 )
-TIED = ("model.encoder.embed_tokens.weight", "model.decoder.embed_tokens.weight", "lm_head.weight")
-COPIES: Mapping[str, str] = dict.fromkeys(TIED, "model.shared.weight")
+TIED: tuple[str, ...] = (
+    "model.encoder.embed_tokens.weight",
+    "model.decoder.embed_tokens.weight",
+    "lm_head.weight",
+)
+COPIES = dict.fromkeys(TIED, "model.shared.weight")
 
 
 def read_bart(constants: Constants) -> ModelConfig:

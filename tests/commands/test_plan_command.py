@@ -333,7 +333,7 @@ prefill.compute_s prefill.flop prefill.kv_bytes prefill.limit prefill.link_bytes
 prefill.logit_bytes prefill.memory_s prefill.prompt_tokens prefill.seconds prefill.steps
 prefill.tokens_per_s prefill.weight_bytes
 programs.attention_impl programs.count programs.decode_buckets programs.decode_window
-programs.max_logprobs programs.max_num_batched_tokens programs.max_num_seqs
+programs.encode_buckets programs.max_logprobs programs.max_num_batched_tokens programs.max_num_seqs
 programs.token_buckets
 short_bytes
 target.attention_flop_per_s target.bytes_per_s target.chip target.compiles

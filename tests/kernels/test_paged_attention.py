@@ -202,7 +202,7 @@ def test_gpu_outputs_of_padding_are_finite(keys):
 
 
 def test_what_a_device_runs():
-    options = {"page_size": 64, "head_dim": 128, "dtype": jnp.bfloat16}
+    options: dict[str, Any] = {"page_size": 64, "head_dim": 128, "dtype": jnp.bfloat16}
     assert choose(CPU, **options) == "reference"
     assert choose(H200, **options) == "mosaic_gpu"
     assert choose(H200, **(options | {"page_size": 8})) == "reference"
