@@ -53,12 +53,11 @@ HARMLESS = frozenset(
     init_std output_past save_step _num_labels
     """.split()
 )
-TIED: tuple[str, ...] = (
-    "model.encoder.embed_tokens.weight",
-    "model.decoder.embed_tokens.weight",
-    "lm_head.weight",
-)
-COPIES = dict.fromkeys(TIED, "model.shared.weight")
+COPIES = {
+    "model.encoder.embed_tokens.weight": "model.shared.weight",
+    "model.decoder.embed_tokens.weight": "model.shared.weight",
+    "lm_head.weight": "model.shared.weight",
+}
 
 
 def read_bart(constants: Constants) -> ModelConfig:

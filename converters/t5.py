@@ -52,12 +52,11 @@ MLPS = {  # feed_forward_proj -> the activation and whether there is a gate
     "gated-gelu": ("gelu_new", True),
     "gated-silu": ("silu", True),
 }
-TIED: tuple[str, ...] = (
-    "encoder.embed_tokens.weight",
-    "decoder.embed_tokens.weight",
-    "lm_head.weight",
-)
-COPIES = dict.fromkeys(TIED, "shared.weight")
+COPIES = {
+    "encoder.embed_tokens.weight": "shared.weight",
+    "decoder.embed_tokens.weight": "shared.weight",
+    "lm_head.weight": "shared.weight",
+}
 # Old files hold it, and no code reads it: only self-attention knows distances.
 IGNORED = (r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",)
 
