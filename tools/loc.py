@@ -7,8 +7,8 @@ from statistics import median
 
 MAX_FILE = 400  # lines
 BUDGET: dict[str, int | None] = {  # lines of a package; None bounds its files only
-    "xlinfer": 14000,
-    "pallas_kernels": 10000,
+    "xlinfer": 14500,
+    "pallas_kernels": 10500,
     "converters": 7000,
     "tools": None,
     "tests": None,
