@@ -122,8 +122,8 @@ def test_either_config_ties_the_head(outer, inner, tied, tmp_path):
         (wrapped("llava", config(foo=1)), "unknown model constant 'foo'"),
         (config("paligemma"), "does not know model_type 'paligemma'"),
         (
-            wrapped("llava", config(), quantization_config={"quant_method": "awq"}),
-            "weights are quantized .awq",
+            wrapped("llava", config(), quantization_config={"quant_method": "exl2"}),
+            "exl2",
         ),
     ],
 )

@@ -87,7 +87,7 @@ CASES: dict[str, tuple[Make, str]] = {
         with_files("adapter_model.safetensors"),
         "FOLDER has neither model.safetensors nor model.safetensors.index.json, but "
         "adapter_model.safetensors. xlinfer reads the layout that transformers' "
-        "save_pretrained writes.",
+        "save_pretrained writes, and a GGUF that is named itself.",
     ),
     "two layouts": (
         with_files("model.safetensors", "model.safetensors.index.json"),
@@ -231,7 +231,7 @@ CASES: dict[str, tuple[Make, str]] = {
     "an unknown dtype": (
         with_header(b'{"a": {"dtype": "F4", "shape": [0], "data_offsets": [0, 0]}}'),
         "FOLDER/model.safetensors: tensor 'a' has dtype 'F4'; xlinfer reads F64, F32, F16, "
-        "BF16, F8_E4M3, F8_E5M2, I64, I32, I16, I8, U64, U32, U16, U8, BOOL",
+        "BF16, F8_E4M3, F8_E5M2, F8_E8M0, I64, I32, I16, I8, U64, U32, U16, U8, BOOL",
     ),
     "a shard elsewhere": (
         with_index(model__norm__weight="../other/model.safetensors"),
