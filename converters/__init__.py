@@ -105,7 +105,7 @@ class Checkpoint:
             rules,
             scheme or self.scheme,
             {name: info for name, info in tensors.items() if name not in copies},
-            family.ignored,
+            (*family.ignored, *(_mtp_layers(self.config) if family.has_mtp_layers else ())),
             self.path,
         )
 
@@ -134,6 +134,11 @@ class Checkpoint:
                 f"{self.path}: {why}, but {copy.name!r} is there and differs from "
                 f"{original.name!r}. {own}"
             )
+
+
+def _mtp_layers(config: ModelConfig) -> tuple[str, ...]:
+    """The one after the last: no published model has more."""
+    return (rf"model\.layers\.{config.num_layers}\..*",)
 
 
 @dataclass(frozen=True, kw_only=True)

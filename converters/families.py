@@ -8,6 +8,7 @@ from typing import Any
 from converters.bart import BART
 from converters.bloom import BLOOM
 from converters.config import Constants
+from converters.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from converters.errors import CheckpointError
 from converters.falcon import FALCON
 from converters.family import Family
@@ -43,6 +44,8 @@ FAMILIES: Mapping[str, Family] = {
     for family in (
         BART,
         BLOOM,
+        DEEPSEEK_V2,
+        DEEPSEEK_V3,
         FALCON,
         GEMMA,
         GEMMA2,

@@ -16,6 +16,8 @@ class Family:
     # What some files leave out before every name, as those do that were saved without a head.
     prefix: str = ""
     ignored: tuple[str, ...]  # patterns of tensors that carry no weight of the model
+    # The layers after the last predict more tokens at once (MTP); their tensors are ignored.
+    has_mtp_layers: bool = False
     # Tensors that a checkpoint may hold a second time where they have no place of their own, as a
     # tied head has none; and what each must equal.
     copies: Mapping[str, str] = field(default_factory=dict)

@@ -94,7 +94,7 @@ COPIES = {"lm_head.weight": "model.embed_tokens.weight"}
 
 
 def llama_rows(config: ModelConfig, names: Mapping[str, str | Linear] = NAMES) -> tuple[Row, ...]:
-    """The table for the parts that `config` has, but its experts."""
+    """The table for the parts that `config` has, but its experts and latent attention."""
     return (
         Row("embed_VD", f"{names['embed']}.weight", "V D -> V D", inputs="D"),
         *(_positions(names["positions"]) if config.learned_positions else ()),
@@ -137,7 +137,7 @@ def _qk_norms(config: ModelConfig, names: Mapping[str, str | Linear]) -> tuple[R
 def _matrices(config: ModelConfig) -> tuple[str, ...]:
     mlp = ("gate", "up", "down") if config.gated_mlp else ("up", "down")
     return (
-        *("q", "k", "v", "o"),
+        *(("q", "k", "v", "o") if config.mla is None else ()),
         *mlp,
         *(() if config.tie_word_embeddings else ("head",)),
     )
@@ -212,6 +212,8 @@ def llama_config(
         shared_norm=False,
         ropes=(rope,) * layers,
         rotary_dim=rotary_dim,
+        rope_interleaved=False,
+        mla=None,
         alibi_scale=None,
         learned_positions=False,
         windows=windows or (None,) * layers,

@@ -72,8 +72,13 @@ def read_moe(
         num_experts=experts,
         num_experts_per_tok=per_token,
         intermediate_size=constants.integer(size),
+        scores="softmax",
+        selection_bias=False,
+        groups=None,
         norm_topk_prob=norm_topk_prob,
+        weight_multiplier=1.0,
         shared_intermediate_size=shared,
+        shared_gate=shared is not None,
         bias=bias,
     )
 

@@ -201,5 +201,14 @@ def take_rotary_factor(constants: Constants, absent: float) -> tuple[Constants, 
     return constants.having(**{name: ...}), factor
 
 
+def latent_scale(constants: Constants, absent_theta: float) -> float:
+    """What DeepSeek's scores are multiplied by because of their rope: YaRN's mscale_all_dim, for q
+    and for k, which cos and sin, being of a part of the head, leave out."""
+    rope = _merged(constants, absent_theta)
+    if not rope.values.get("mscale_all_dim"):
+        return 1.0
+    return _mscale(rope.number("factor"), rope.number("mscale_all_dim")) ** 2
+
+
 def _mscale(factor: float, scale: float) -> float:
     return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0

@@ -10,6 +10,8 @@ D hidden  F ffw hidden  N query heads  K kv heads  H head_dim  V vocabulary  1 o
 X groups of query heads, one for each kv head  G query heads of a group: N is X by G
 E experts  R experts as the router scores them  P parts  I an expert's ffw hidden
 S the shared expert's ffw hidden   M positions   B buckets of distances
+Of latent attention: Q query's rank  C latent  L latent and rope part  U head_dim without rope
+W head_dim of values
 
 An axis of the source may hold several pieces, one after the other: "(N|K|K H) D -> D (K H)" has
 the heads of q, k and v, of which the row says which piece is its own. Where they lie by turns,
@@ -108,6 +110,9 @@ def expand(rows: Iterable[Row], config: ModelConfig, kv_replicas: int = 1) -> tu
         sizes |= {"S": moe.shared_intermediate_size or 0}
     if (encoder := config.encoder) is not None and encoder.relative_positions is not None:
         sizes["B"] = encoder.relative_positions.num_buckets
+    if (mla := config.mla) is not None:
+        sizes |= {"Q": mla.query_rank or 0, "C": mla.latent_dim, "U": mla.nope_dim}
+        sizes |= {"L": mla.latent_dim + config.rotary_dim, "W": mla.value_dim}
     rules, kinds = [], config.kinds
     for row in rows:
         first, *rest = path = tuple(row.target.split("."))

@@ -12,6 +12,9 @@ from converters import Checkpoint, open_checkpoint
 GOLDENS = Path(__file__).parent / "data" / "goldens"
 FAMILIES = (
     "bloom",
+    "deepseek-v2",
+    "deepseek-v2-lite",
+    "deepseek-v3",
     "falcon",
     "falcon-grouped",
     "falcon-grouped-one-norm",

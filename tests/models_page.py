@@ -5,8 +5,8 @@ from pathlib import Path
 
 from converters import open_checkpoint, read_config, read_model, read_scheme, weight_forms
 from converters.families import FAMILIES
-from tests.checkpoints import ENCODER_DECODERS, GOLDENS, MULTIMODAL, QUANTIZED, quantized_golden
 from tests.checkpoints import FAMILIES as GOLDEN_NAMES
+from tests.checkpoints import GOLDENS, MULTIMODAL, QUANTIZED, quantized_golden
 from tests.engine.test_engine import MULTIMODAL as ENGINE_MULTIMODAL
 from tests.engine.test_engine import QUICK
 from tests.engine.test_tensor_parallel import ATOL as SPLIT_ATOL
@@ -121,7 +121,8 @@ def features(config: ModelConfig) -> str:
         "ALiBi": config.alibi_scale is not None,
         "windows": any(config.windows) and None not in config.windows,
         "windows in some layers": any(config.windows) and None in config.windows,
-        heads: not grouped,
+        heads: not grouped and config.mla is None,
+        "latent attention": config.mla,
         "q, k, v biases": config.qkv_bias,
         "q and k normalized": config.qk_norm,
         "sinks": config.sinks,
@@ -132,7 +133,8 @@ def features(config: ModelConfig) -> str:
         "embedding normalized": config.embedding_norm,
         "attention and MLP side by side": config.parallel,
         "no gate": not config.gated_mlp,
-        "experts": config.moe,
+        "experts": config.moe and len(config.moe.layers) == config.num_layers,
+        "experts in some layers": config.moe and len(config.moe.layers) < config.num_layers,
         "multipliers": config.residual_multiplier != 1 or config.logits_divisor != 1,
         "tied head": config.tie_word_embeddings,
     }

@@ -16,7 +16,12 @@ MOE = MoE(
     num_experts=6,
     num_experts_per_tok=2,
     intermediate_size=12,
+    scores="softmax",
+    selection_bias=False,
+    groups=None,
     norm_topk_prob=True,
+    weight_multiplier=1.0,
+    shared_gate=True,
     bias=False,
     shared_intermediate_size=50,
 )

@@ -42,6 +42,7 @@ def programs_for(model, **sizes) -> tuple[Programs, tuple]:
     made = Programs(
         graph=graph, tree=tree, plan=plan, mesh=mesh, device=DEVICES["cpu"],
         attention_impl="reference",
+        latent=False,
     )  # fmt: skip
     return made, tuple(leaves)
 
@@ -75,6 +76,7 @@ def test_the_cache_is_the_same_array_after_a_step():
         programs, params = programs_for(net, max_num_batched_tokens=32)
         spec = CacheSpec(
             num_layers=2, num_pages=4000, num_kv_heads=4, page_size=4, head_dim=8,
+            latents=None,
             dtype=jnp.float32, impl="reference",
         )  # fmt: skip
         kv = spec.abstract(programs.mesh)

@@ -88,6 +88,16 @@ def test_dtype_asked_for(asked, want, biased):
     )
 
 
+def test_a_selection_bias_stays_float32():
+    golden = GOLDENS / "deepseek-v3"
+    got = parameters(load_model(golden, dtype="bfloat16"))
+    others = {array.dtype for name, array in got.items() if "selection_bias" not in name}
+    assert others == {np.dtype(jnp.bfloat16)}
+    held = load_file(golden / "model.safetensors")
+    want = [held[f"model.layers.{i}.mlp.gate.e_score_correction_bias"] for i in (1, 2)]
+    np.testing.assert_array_equal(got["layers.1.moe.selection_bias_R"], want)
+
+
 @pytest.mark.parametrize("asked", ["int8", "float64", "fp32", int, object(), "", 16])
 def test_dtypes_that_are_refused(asked, biased):
     with pytest.raises(ValueError, match="not one of auto, float32"):

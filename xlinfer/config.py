@@ -79,18 +79,43 @@ Activation = Literal["silu", "gelu", "gelu_tanh", "relu"] | ClampedSwiGLU
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExpertGroups:
+    """Experts are chosen among those of the best groups alone."""
+
+    count: int  # of equal size, one after the other
+    chosen: int
+    best: int  # so many of its experts' largest scores add up to a group's
+
+
+@dataclass(frozen=True, kw_only=True)
 class MoE:
-    """A mixture of experts in place of a layer's MLP: a router chooses some for each token, by
-    softmax over all, and their outputs are added by their weights."""
+    """A mixture of experts in place of a layer's MLP: a router scores them and chooses some for
+    each token, and their outputs are added by their weights, which are their scores."""
 
     layers: tuple[int, ...]  # those that have one, in order; the others have an MLP
     num_experts: int
     num_experts_per_tok: int  # at most num_experts
     intermediate_size: int  # of one expert
+    scores: Literal["softmax", "sigmoid"]
+    selection_bias: bool  # float32, added to the scores that choose, not to the weights
+    groups: ExpertGroups | None  # None: experts are chosen among all
     norm_topk_prob: bool  # the weights of those chosen are divided by their sum
-    # Of an expert that every token passes, times a sigmoid of the token's own; None: there is none.
-    shared_intermediate_size: int | None
+    weight_multiplier: float
+    shared_intermediate_size: int | None  # of an expert that every token passes; None: none
+    shared_gate: bool  # its output is multiplied by a sigmoid of the token's own
     bias: bool  # of the router and of the experts' matrices
+
+
+@dataclass(frozen=True, kw_only=True)
+class MLA:
+    """Attention to latents (arXiv 2405.04434): of a token the cache holds one latent, from which
+    each head's matrices make its key and value, and one rotated part of the key for all heads."""
+
+    query_rank: int | None  # of the two matrices that make the query; None: it is one
+    latent_dim: int
+    nope_dim: int  # of a head's query and key, what is not rotated: head_dim - rotary_dim
+    value_dim: int
+    norm_eps: float  # of the latents' norms
 
 
 class LayerKind(NamedTuple):
@@ -149,12 +174,15 @@ class ModelConfig:
     parallel: bool  # the MLP reads the layer's input, as attention does
     shared_norm: bool  # with `parallel`: and by the same norm
     ropes: tuple[Rope | None, ...]  # per layer; None: q and k are not rotated
-    rotary_dim: int  # even; of each head, the dimensions that are rotated: its first
+    # Even; of each head, the dimensions that are rotated: its first, or with `mla` its last.
+    rotary_dim: int
+    rope_interleaved: bool  # pairs are neighbours; else one half and the other
     # A score falls with the distance, by a slope of each head's (arXiv 2108.12409) times this one
     # number; None: by none.
     alibi_scale: float | None
     learned_positions: bool  # max_position_embeddings vectors, added to the embedding
     windows: tuple[int | None, ...]  # per layer: tokens seen, itself included; None sees all
+    mla: MLA | None  # None: keys and values have matrices of their own
     attention_scale: float  # multiplies q·k
     attention_softcap: float | None  # of a score s: softcap * tanh(s / softcap)
     sinks: bool  # a logit of each head joins the softmax's denominator

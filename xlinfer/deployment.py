@@ -7,7 +7,7 @@ only config.json is there, for devices that are here and for devices that are de
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,10 +16,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from pallas_kernels import mla_attention
 from pallas_kernels.checks import check_one_of
 from pallas_kernels.devices import Device, Impl, check_runs
 from pallas_kernels.paged_attention import IMPLS, choose, refusal
-from xlinfer.kvcache import CacheSpec, tensor_size
+from xlinfer.kvcache import CacheSpec, Latents, tensor_size
 from xlinfer.models import check_model
 from xlinfer.plan import Memory, Plan, PlanError, make_plan, pages_for
 from xlinfer.programs import (
@@ -95,6 +96,7 @@ class Facts(NamedTuple):
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    latents: Latents | None  # a member that a module may lack
     max_position_embeddings: int
     token_width: int  # numbers that a forward holds at once for each token, over all devices
     has_encoder: bool
@@ -204,6 +206,7 @@ def deploy(
         num_kv_heads=facts.num_kv_heads,
         page_size=page_size,
         head_dim=facts.head_dim,
+        latents=facts.latents,
         dtype=dtype,
         impl=_attention_impl(sizes.attention_impl, device, page_size, facts, dtype),
     )
@@ -242,7 +245,13 @@ def deploy(
         fewest_rows=defaults.fewest_rows,
     )
     programs = Programs(
-        graph=graph, tree=tree, plan=plan, mesh=mesh, device=device, attention_impl=spec.impl
+        graph=graph,
+        tree=tree,
+        plan=plan,
+        mesh=mesh,
+        device=device,
+        attention_impl=spec.impl,
+        latent=spec.latents is not None,
     )
     return Deployment(
         programs=programs, params=params, paths=paths_of(state),
@@ -276,6 +285,7 @@ def facts_of(model: Any) -> Facts:
         width = 4 * max(sides, default=1)
     own = {
         "token_width": width,
+        "latents": getattr(model, "latents", None),
         "has_encoder": hasattr(model, "encode"),
         "has_distance_bias": bool(getattr(model, "has_distance_bias", False)),
     }
@@ -295,6 +305,9 @@ def paths_of(state: Any) -> tuple[str, ...]:
 def _attention_impl(
     asked: str | None, device: Device, page_size: int, facts: Facts, dtype: Any
 ) -> Impl:
+    if asked is None and facts.latents is not None:
+        dims = asdict(facts.latents)
+        return mla_attention.choose(device, page_size=page_size, **dims, dtype=dtype)
     cache: dict[str, Any] = {"page_size": page_size, "head_dim": facts.head_dim, "dtype": dtype}
     wanted = {"distance_bias": facts.has_distance_bias, "apart": facts.has_encoder}
     if asked is None:

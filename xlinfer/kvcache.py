@@ -4,8 +4,9 @@ A module computes q, k and v and hands them to `attend`; whether that is dense a
 the tokens at hand or a paged cache is the caller's business, so a researcher's forward and the
 engine run the very same module.
 
-A page holds the keys and values of `page_size` consecutive tokens of one sequence, for all
-layers. Page 0 belongs to nobody: padding is written there and never read.
+A page holds the keys and values of `page_size` consecutive tokens of one sequence, or the latents
+that stand for them, for all layers. Page 0 belongs to nobody: padding is written there and never
+read.
 """
 
 from dataclasses import dataclass, replace
@@ -16,22 +17,14 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
+from pallas_kernels import mla_attention, paged_attention
 from pallas_kernels.devices import Device, Impl
-from pallas_kernels.paged_attention import (
-    PackedPages,
-    Pages,
-    Ragged,
-    cache_shapes,
-    heads_axis,
-    write,
-    write_and_attend,
-)
-from pallas_kernels.paged_attention import attend as attend_alone
+from pallas_kernels.paged_attention import PackedPages, Pages, Ragged, heads_axis
 
 KV = Any  # the cache, a pytree threaded through the layers; None without one
 FULL = 2**30  # a window that never ends
 PADDING_PAGE = 0
-Cache = Pages | PackedPages
+Cache = Pages | PackedPages | mla_attention.Pages
 AnyMesh = Mesh | AbstractMesh  # of devices, or of none: what is only counted needs none
 TENSOR_AXIS = "tensor"  # of the mesh: heads, and with them the cache, are split over it
 
@@ -84,6 +77,37 @@ class CrossAttend(Protocol):
     def __call__(self, q_BTNH: Array, kv: KV, *, layer: int | Array, scale: float) -> Array: ...
 
 
+class LatentAttend(Protocol):
+    """`Attend` to latents: head n's key is k_b_NUC[n] times a token's latent, then its rope part,
+    which all heads share, and its value the latent times v_b_NCW[n].
+
+    q [B, T, N, U] and [B, T, N, J], latent [B, T, C], rope [B, T, J] -> o [B, T, N, W] and the
+    cache with latent and rope in it.
+    """
+
+    def __call__(
+        self,
+        q_BTNU: Array,
+        q_BTNJ: Array,
+        latent_BTC: Array,
+        rope_BTJ: Array,
+        k_b_NUC: Array,
+        v_b_NCW: Array,
+        kv: KV,
+        *,
+        layer: int | Array,
+        scale: float,
+    ) -> tuple[Array, KV]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Latents:
+    """What a cache holds of a token in place of keys and values; each device holds it whole."""
+
+    latent_dim: int
+    rope_dim: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class CacheSpec:
     """The cache of `num_layers` layers as the attention `impl` wants it."""
@@ -93,11 +117,12 @@ class CacheSpec:
     num_kv_heads: int
     page_size: int  # tokens
     head_dim: int
+    latents: Latents | None  # in place of the heads' keys and values
     dtype: Any
     impl: Impl
 
     def page_bytes_per_device(self, mesh: AnyMesh) -> int:
-        """Keys and values of one page, all layers, the heads of one device."""
+        """What one device holds of one page, all layers."""
         page = jax.tree.leaves(self.with_pages(1)._per_device(mesh))
         return sum(x.size * jnp.dtype(x.dtype).itemsize for x in page)
 
@@ -106,21 +131,31 @@ class CacheSpec:
 
     def abstract(self, mesh: AnyMesh) -> Cache:
         """Each device's own heads, side by side: what packs heads together packs a device's."""
+        if self.latents is not None:
+            whole = NamedSharding(mesh, PartitionSpec())
+            place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole)
+            return jax.tree.map(place, self._per_device(mesh))
         axis, size = heads_axis(self.impl), tensor_size(mesh)
         sharding = NamedSharding(mesh, by_head(mesh, before=axis))
 
-        def whole(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        def of_all(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
             shape = (*x.shape[:axis], x.shape[axis] * size, *x.shape[axis + 1 :])
             return jax.ShapeDtypeStruct(shape, x.dtype, sharding=sharding)
 
-        return jax.tree.map(whole, self._per_device(mesh))
+        return jax.tree.map(of_all, self._per_device(mesh))
 
     def zeros(self, mesh: AnyMesh) -> Cache:
         """An empty cache; compiled, its results are to be placed as `abstract` says."""
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self.abstract(mesh))
 
     def _per_device(self, mesh: AnyMesh) -> Cache:
-        return cache_shapes(
+        if (latents := self.latents) is not None:
+            return mla_attention.cache_shapes(
+                self.impl, num_layers=self.num_layers, num_pages=self.num_pages,
+                page_size=self.page_size, latent_dim=latents.latent_dim,
+                rope_dim=latents.rope_dim, dtype=self.dtype,
+            )  # fmt: skip
+        return paged_attention.cache_shapes(
             self.impl, num_layers=self.num_layers, num_pages=self.num_pages,
             num_kv_heads=self.num_kv_heads // tensor_size(mesh), page_size=self.page_size,
             head_dim=self.head_dim, dtype=self.dtype,
@@ -145,7 +180,7 @@ def paged_attend(
         layer, window, scale, softcap=None, sinks_N=None, alibi_N=None, distance_bias_NX=None,
     ):  # fmt: skip
         def local(q_TNH, k_TKH, v_TKH, kv, sinks_N, alibi_N, distance_bias_NX, layer, window):
-            return write_and_attend(
+            return paged_attention.write_and_attend(
                 q_TNH, k_TKH, v_TKH, kv, layer, page_T, slot_T, ragged,
                 window=window, scale=scale, softcap=softcap, sinks_N=sinks_N, alibi_N=alibi_N,
                 distance_bias_NX=distance_bias_NX, decode_only=decode_only, device=device,
@@ -184,7 +219,9 @@ def paged_keep(
 
     def keep(k_BTKH, v_BTKH, kv: Cache, *, layer) -> Cache:
         def local(k_TKH, v_TKH, kv, layer):
-            return write(k_TKH, v_TKH, kv, layer, page_T, slot_T, device=device, impl=impl)
+            return paged_attention.write(
+                k_TKH, v_TKH, kv, layer, page_T, slot_T, device=device, impl=impl
+            )
 
         if mesh.size > 1:
             heads, none = by_head(mesh, before=1), PartitionSpec()
@@ -218,7 +255,7 @@ def paged_cross_attend(
 
     def cross(q_BTNH, kv: Cache, *, layer, scale):
         def local(q_TNH, kv, layer):
-            return attend_alone(
+            return paged_attention.attend(
                 q_TNH, kv, layer, ragged, scale=scale, decode_only=True, device=device, impl=impl
             )
 
@@ -231,6 +268,46 @@ def paged_cross_attend(
         return local(q_BTNH[0], kv, jnp.asarray(layer))[None]
 
     return cross
+
+
+def paged_latent_attend(
+    page_T: Int[Array, " T"],
+    slot_T: Int[Array, " T"],
+    ragged: Ragged,
+    mesh: AnyMesh,
+    *,
+    decode_only: bool,
+    device: Device,
+    impl: Impl,
+) -> LatentAttend:
+    """`paged_attend` to latents: each head's query goes through its k_b, so that the cache is read
+    once for all heads, and its output through its v_b. Every device writes its own copy."""
+
+    def attend(q_BTNU, q_BTNJ, latent_BTC, rope_BTJ, k_b_NUC, v_b_NCW, kv: Cache, *, layer, scale):
+        def local(q_TNU, q_TNJ, latent_TC, rope_TJ, k_b_NUC, v_b_NCW, kv, layer):
+            q_TNC = jnp.einsum("TNU,NUC->TNC", q_TNU, k_b_NUC)
+            o_TNC, kv = mla_attention.write_and_attend(
+                q_TNC, q_TNJ, latent_TC, rope_TJ, kv, layer, page_T, slot_T, ragged,
+                scale=scale, decode_only=decode_only, device=device, impl=impl,
+            )  # fmt: skip
+            return jnp.einsum("TNC,NCW->TNW", o_TNC, v_b_NCW), kv
+
+        if mesh.size > 1:
+            heads, one, none = by_head(mesh, before=1), by_head(mesh, before=0), PartitionSpec()
+            local = jax.shard_map(
+                local,
+                mesh=mesh,
+                in_specs=(heads, heads, none, none, one, one, none, none),
+                out_specs=(heads, none),
+                check_vma=False,
+            )
+        o_TNW, kv = local(
+            q_BTNU[0], q_BTNJ[0], latent_BTC[0], rope_BTJ[0], k_b_NUC, v_b_NCW, kv,
+            jnp.asarray(layer),
+        )  # fmt: skip
+        return o_TNW[None], kv
+
+    return attend
 
 
 def tensor_size(mesh: AnyMesh) -> int:

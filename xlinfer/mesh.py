@@ -22,6 +22,7 @@ RULES: Mapping[str, str | None] = {
     "experts": TENSOR,
     "expert_ffw": None,
     "routes": None,
+    "rank": None,
     "positions": None,
     "buckets": None,
     "hidden": None,

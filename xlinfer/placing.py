@@ -44,6 +44,11 @@ AXES: Mapping[str, str | None] = {
     "S": "ffw",
     "M": "positions",
     "B": "buckets",
+    "Q": "rank",
+    "C": "rank",
+    "L": "rank",
+    "U": "head_dim",
+    "W": "head_dim",
 }
 
 

@@ -22,7 +22,14 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.devices import Device, Impl
 from pallas_kernels.paged_attention import Ragged
-from xlinfer.kvcache import PADDING_PAGE, Cache, paged_attend, paged_cross_attend, paged_keep
+from xlinfer.kvcache import (
+    PADDING_PAGE,
+    Cache,
+    paged_attend,
+    paged_cross_attend,
+    paged_keep,
+    paged_latent_attend,
+)
 from xlinfer.plan import Plan
 from xlinfer.sampling import (
     Logprobs,
@@ -159,6 +166,7 @@ class Programs:
     mesh: Any  # a Mesh; an AbstractMesh where nothing is compiled
     device: Device
     attention_impl: Impl
+    latent: bool  # the cache holds latents
 
     def forward(
         self,
@@ -332,7 +340,8 @@ class Programs:
         return {"cross": cross}
 
     def _attend(self, page_T, offset_T, ragged: Ragged, *, decode_only: bool):
-        return paged_attend(
+        attend = paged_latent_attend if self.latent else paged_attend
+        return attend(
             page_T, offset_T, ragged, self.mesh,
             decode_only=decode_only, device=self.device, impl=self.attention_impl,
         )  # fmt: skip

@@ -282,3 +282,26 @@ def test_a_truncated_checkpoint_names_the_tensor(tmp_path):
     path.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(CheckpointError, match=re.escape(str(path)) + ".*tensor 'model"):
         open_checkpoint(tmp_path / "cut").schedule()
+
+
+def test_layers_that_predict_more_tokens_are_ignored(tmp_path):
+    """DeepSeek V3's one after the last; no other, and of no other family."""
+    golden = GOLDENS / "deepseek-v3"
+    cfg = json.loads((golden / "config.json").read_text())
+    held = load_file(golden / "model.safetensors")
+    more = held | {
+        name.replace("layers.2.", "layers.3."): array
+        for name, array in held.items()
+        if ".layers.2." in name
+    }
+    more["model.layers.3.eh_proj.weight"] = np.zeros((32, 64), np.float32)
+    steps = open_checkpoint(write(tmp_path / "more", cfg, more)).schedule()
+    assert {step.tensor.name for step in steps} == held.keys()
+    more["model.layers.4.eh_proj.weight"] = more["model.layers.3.eh_proj.weight"]
+    with pytest.raises(CheckpointError, match=r"left over.*: model.layers.4.eh_proj.weight$"):
+        open_checkpoint(write(tmp_path / "too_many", cfg, more)).schedule()
+    held = load_file(GOLDENS / "deepseek-v2" / "model.safetensors")
+    held["model.layers.3.eh_proj.weight"] = np.zeros((32, 64), np.float32)
+    cfg = json.loads((GOLDENS / "deepseek-v2" / "config.json").read_text())
+    with pytest.raises(CheckpointError, match=r"left over.*: model.layers.3.eh_proj.weight$"):
+        open_checkpoint(write(tmp_path / "v2", cfg, held)).schedule()

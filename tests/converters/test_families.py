@@ -343,8 +343,13 @@ def test_the_constants_of_experts(tmp_path):
         num_experts=4,
         num_experts_per_tok=2,
         intermediate_size=12,
+        scores="softmax",
+        selection_bias=False,
+        groups=None,
         norm_topk_prob=False,
+        weight_multiplier=1.0,
         shared_intermediate_size=20,
+        shared_gate=True,
         bias=False,
     )
     assert opened(tmp_path, config("qwen2_moe")).config.moe == shared
@@ -353,7 +358,11 @@ def test_the_constants_of_experts(tmp_path):
     sparse = config("qwen2_moe", num_hidden_layers=6, decoder_sparse_step=2, mlp_only_layers=[1])
     assert opened(tmp_path, sparse).config.moe == replace(shared, layers=(3, 5))
     mixtral = replace(
-        shared, intermediate_size=24, norm_topk_prob=True, shared_intermediate_size=None
+        shared,
+        intermediate_size=24,
+        norm_topk_prob=True,
+        shared_intermediate_size=None,
+        shared_gate=False,
     )
     assert opened(tmp_path, config("mixtral")).config.moe == mixtral
     assert opened(tmp_path, config("qwen3")).config.moe is None

@@ -70,7 +70,7 @@ def random_prompts(count, seed=0, longest=40):
 
 
 # What sets the others apart is no business of the engine's: the forward's own tests have them all.
-QUICK = ("llama", "mistral-window", "mixtral", "qwen2", "qwen3", "qwen3-moe")
+QUICK = ("deepseek-v3", "llama", "mistral-window", "mixtral", "qwen2", "qwen3", "qwen3-moe")
 
 
 @pytest.mark.parametrize(

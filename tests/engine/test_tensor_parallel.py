@@ -23,7 +23,7 @@ DEVICE_COUNTS = (1, 2, 4)
 QUICK = {
     *itertools.product(("llama", "qwen3", "qwen3-moe"), (2, 4)),
     *itertools.product(("gemma3", "gpt-oss", "gpt2"), (1,)),
-    ("qwen2-moe", 4),
+    *itertools.product(("qwen2-moe", "deepseek-v3"), (4,)),
 }
 CASES = [
     pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow)
@@ -61,4 +61,11 @@ def test_tokens_and_log_probabilities(family, devices):
         np.testing.assert_allclose(scores[str(i)], expected, atol=ATOL)
 
     kv = jax.tree.leaves(engine._runner._kv)[0]
-    assert kv.sharding.shard_shape(kv.shape)[2] == kv.shape[2] // devices, "the cache is split"
+    if model.latents is None:
+        assert kv.sharding.shard_shape(kv.shape)[2] == kv.shape[2] // devices, "the cache is split"
+        return
+    assert kv.sharding.is_fully_replicated
+    first, *others = (np.asarray(shard.data) for shard in kv.addressable_shards)
+    assert first.any() and len(others) == devices - 1
+    for copy in others:  # each device wrote its own
+        np.testing.assert_array_equal(copy, first)

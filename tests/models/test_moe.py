@@ -8,8 +8,9 @@ from flax import nnx
 
 from pallas_kernels.devices import DEVICES
 from tests.checkpoints import GOLDENS, config, llama_logits, tensors, write
+from xlinfer.config import ExpertGroups
 from xlinfer.mesh import make_mesh
-from xlinfer.models.moe import MoE
+from xlinfer.models.moe import MoE, _of_the_best
 from xlinfer.quant import QTensor
 from xlinfer.quantize import quantize_model
 from xlinfer.weights import load_model
@@ -94,6 +95,36 @@ def test_experts_nobody_chose_change_nothing(keys):
     assert unused
     moe.down_EDI.set_value(moe.down_EDI[...].at[jnp.asarray(unused)].set(jnp.nan))
     np.testing.assert_array_equal(apply(moe, x_BTD), want)
+
+
+def test_a_selection_bias_chooses_and_weighs_nothing(keys):
+    """The same for all, it changes nothing; a large one for an expert makes it everyone's."""
+    model = load_model(GOLDENS / "deepseek-v3")
+    graph, state = nnx.split(model.layers[1].moe)
+    moe = nnx.merge(graph, jax.tree.map(lambda x: x[0], state))
+    x_TD = jax.random.normal(next(keys), (9, 32))
+    bias_R = moe.selection_bias_R.get_value()
+    weight_Tk, expert_Tk = moe.route(x_TD)
+    moe.selection_bias_R.set_value(bias_R + 4)
+    same = moe.route(x_TD)
+    np.testing.assert_array_equal(same[1], expert_Tk)
+    np.testing.assert_array_equal(same[0], weight_Tk)
+    moe.selection_bias_R.set_value(bias_R.at[5].add(100))
+    weight_Tk, expert_Tk = (np.asarray(x) for x in moe.route(x_TD))
+    assert (expert_Tk == 5).any(1).all()
+    score_TR = 1 / (1 + np.exp(-np.asarray(x_TD, np.float64) @ moe.router_DR[...]))
+    score_Tk = np.take_along_axis(score_TR, expert_Tk, axis=1)
+    want = 2.5 * score_Tk / score_Tk.sum(1, keepdims=True)
+    np.testing.assert_allclose(weight_Tk, want, rtol=1e-5)
+
+
+@pytest.mark.parametrize("best, kept", [(1, [0, 1, 2, 3]), (2, [2, 3, 6, 7])])
+def test_groups_are_chosen_by_their_best(best, kept):
+    """The best expert of all, alone, does not make its group one of those whose two are best."""
+    score_TR = jnp.asarray([[0.9, 0.0, 0.6, 0.5, 0.1, 0.2, 0.5, 0.45]])
+    got_R = _of_the_best(score_TR, ExpertGroups(count=4, chosen=2, best=best))[0]
+    assert np.flatnonzero(got_R > -np.inf).tolist() == kept
+    np.testing.assert_array_equal(got_R[jnp.array(kept)], score_TR[0, jnp.array(kept)])
 
 
 def dequantized(q: QTensor) -> np.ndarray:

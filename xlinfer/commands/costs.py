@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from xlinfer.config import ModelConfig
-from xlinfer.deployment import Deployment, bytes_on_one
+from xlinfer.deployment import Deployment, Facts, bytes_on_one
 from xlinfer.kvcache import tensor_size
 from xlinfer.plan.roofline import Rates, Work
 from xlinfer.target import Chip
@@ -54,12 +54,19 @@ def work_of(deployment: Deployment, config: ModelConfig) -> Work:
         windows=config.windows,
         kv_bytes=crosses
         * (deployment.memory.page_bytes / deployment.spec.page_size / facts.num_layers),
-        pair_flops=crosses * 4 * facts.num_heads // n * facts.head_dim,
+        pair_flops=crosses * _pair_flops(facts) // n,
         hidden_bytes=config.hidden_size * itemsize,
         # After each attention and after the MLP of each layer, and of the embedding's rows.
         all_reduces=(crosses + 1) * facts.num_layers + 1,
         vocab_size=facts.vocab_size,
     )
+
+
+def _pair_flops(facts: Facts) -> int:
+    """q·k and p·v of all heads. A latent is key and value at once, and its rope part only key."""
+    if (latents := facts.latents) is not None:
+        return facts.num_heads * (4 * latents.latent_dim + 2 * latents.rope_dim)
+    return facts.num_heads * 4 * facts.head_dim
 
 
 def rates_of(deployment: Deployment, chip: Chip) -> Rates:

@@ -2,8 +2,14 @@
 
 from typing import Any
 
-from xlinfer.kvcache import Attend
-from xlinfer.models.causal_lm import CausalLM, EncoderDecoderLM, causal_attend, check_model
+from xlinfer.kvcache import Attend, LatentAttend, Latents
+from xlinfer.models.causal_lm import (
+    CausalLM,
+    EncoderDecoderLM,
+    causal_attend,
+    causal_latent_attend,
+    check_model,
+)
 from xlinfer.models.encoder_decoder import EncoderDecoder
 from xlinfer.models.transformer import Transformer
 
@@ -11,6 +17,6 @@ from xlinfer.models.transformer import Transformer
 Model = Any
 
 __all__ = [
-    "Attend", "CausalLM", "EncoderDecoder", "EncoderDecoderLM", "Model", "Transformer",
-    "causal_attend", "check_model",
+    "Attend", "CausalLM", "EncoderDecoder", "EncoderDecoderLM", "LatentAttend", "Latents", "Model",
+    "Transformer", "causal_attend", "causal_latent_attend", "check_model",
 ]  # fmt: skip

@@ -1,12 +1,15 @@
 """One layer."""
 
+from typing import Any
+
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
 from pallas_kernels.devices import Device
 from xlinfer.config import LayerKind, ModelConfig
-from xlinfer.kvcache import FULL, KV, AnyMesh, Attend
+from xlinfer.kvcache import FULL, KV, AnyMesh, Attend, LatentAttend
+from xlinfer.models.mla import LatentAttention
 from xlinfer.models.moe import MoE
 from xlinfer.models.parts import MLP, Attention, hidden_norm
 from xlinfer.models.rope import Angles
@@ -33,7 +36,8 @@ class Block(nnx.Module):
         if cfg.post_norm:
             self.attn_post_norm = hidden_norm(cfg, dtype)
             self.mlp_post_norm = hidden_norm(cfg, dtype)
-        self.attn = Attention(cfg, dtype=dtype, rngs=rngs)
+        attention = Attention if cfg.mla is None else LatentAttention
+        self.attn: Any = attention(cfg, dtype=dtype, rngs=rngs)
         if kind.experts:
             self.moe = MoE(cfg, dtype=dtype, device=device, mesh=mesh, rngs=rngs)
         else:
@@ -44,7 +48,7 @@ class Block(nnx.Module):
         self,
         x_BTD: Float[Array, "B T D"],
         angles: Angles | None,
-        attend: Attend,
+        attend: Attend | LatentAttend,
         kv: KV,
         *,
         layer,

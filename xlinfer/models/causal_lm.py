@@ -1,6 +1,6 @@
 """What a module needs to be served, and its forward without a cache."""
 
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +10,23 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.devices import Device
 from pallas_kernels.flash_attention import flash_attention
-from xlinfer.kvcache import KV, AnyMesh, Attend, CrossAttend, Keep, by_head
+from xlinfer.kvcache import (
+    FULL,
+    KV,
+    AnyMesh,
+    Attend,
+    CrossAttend,
+    Keep,
+    LatentAttend,
+    by_head,
+)
 
 
 @runtime_checkable
 class CausalLM(Protocol):
     """What the engine asks of a module. `xlinfer.models.Transformer` is one; so is any
-    nnx.Module with these members, its weights and its structure being its own."""
+    nnx.Module with these members, its weights and its structure being its own. One that has
+    `latents: Latents` besides is given a LatentAttend for its `attend`."""
 
     vocab_size: int
     num_layers: int  # calls of `attend` in one `hidden`, each with its own `layer` < num_layers
@@ -29,7 +39,7 @@ class CausalLM(Protocol):
         self,
         tokens_BT: Int[Array, "B T"],
         pos_BT: Int[Array, "B T"],
-        attend: Attend,
+        attend: Any,
         kv: KV,
         *,
         context_len: int,
@@ -138,6 +148,21 @@ def dense_cross_attend(lengths_B: Int[Array, " B"] | None) -> CrossAttend:
         return o_BTKGH.reshape(B, T, N, H).astype(q_BTNH.dtype)
 
     return cross
+
+
+def causal_latent_attend(device: Device, mesh: AnyMesh | None) -> LatentAttend:
+    """`causal_attend` to latents: keys and values of all tokens are made of them first."""
+    by_heads = causal_attend(device, mesh)
+
+    def attend(q_BTNU, q_BTNJ, latent_BTC, rope_BTJ, k_b_NUC, v_b_NCW, kv: KV, *, layer, scale):
+        k_BTNU = jnp.einsum("BTC,NUC->BTNU", latent_BTC, k_b_NUC)
+        v_BTNW = jnp.einsum("BTC,NCW->BTNW", latent_BTC, v_b_NCW)
+        k_BTNJ = jnp.broadcast_to(rope_BTJ[:, :, None], q_BTNJ.shape)
+        q_BTNH = jnp.concatenate([q_BTNU, q_BTNJ], axis=-1)
+        k_BTNH = jnp.concatenate([k_BTNU, k_BTNJ], axis=-1)
+        return by_heads(q_BTNH, k_BTNH, v_BTNW, kv, layer=layer, window=FULL, scale=scale)
+
+    return attend
 
 
 def check_model(model: nnx.Module) -> None:

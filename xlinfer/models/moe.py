@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.devices import Device
-from xlinfer.config import Activation, ModelConfig
+from xlinfer.config import Activation, ExpertGroups, ModelConfig
 from xlinfer.kvcache import AnyMesh
 from xlinfer.mesh import TENSOR
 from xlinfer.models.parts import MLP, activate, bias, weight
@@ -48,9 +48,12 @@ class MoE(nnx.Module):
             self.router_bias_R = bias(dtype, ("routes",), E)
             self.gate_up_bias_EI = bias(dtype, ("experts", "expert_ffw"), E, 2 * I)
             self.down_bias_ED = bias(dtype, ("experts", "hidden"), E, D)
+        if cfg.moe.selection_bias:
+            self.selection_bias_R = bias(jnp.float32, ("routes",), E)
         if (shared := cfg.moe.shared_intermediate_size) is not None:
             self.shared = MLP(cfg, shared, dtype=dtype, rngs=rngs)
-            self.shared_gate_D1 = weight(rngs, dtype, ("hidden", None), D, 1)
+            if cfg.moe.shared_gate:
+                self.shared_gate_D1 = weight(rngs, dtype, ("hidden", None), D, 1)
         self.moe = cfg.moe
         self.activation: Activation = cfg.hidden_act
         self.device, self.mesh = device, mesh
@@ -61,7 +64,10 @@ class MoE(nnx.Module):
         y_BTD = y_TD.reshape(x_BTD.shape)
         if self.moe.shared_intermediate_size is None:
             return y_BTD
-        return y_BTD + jax.nn.sigmoid(x_BTD @ self.shared_gate_D1[...]) * self.shared(x_BTD)
+        shared_BTD = self.shared(x_BTD)
+        if self.moe.shared_gate:
+            shared_BTD *= jax.nn.sigmoid(x_BTD @ self.shared_gate_D1[...])
+        return y_BTD + shared_BTD
 
     def route(self, x_TD: Float[Array, "T D"]) -> Choice:
         """In float32: where two experts score nearly alike, bf16 would choose by rounding."""
@@ -71,10 +77,20 @@ class MoE(nnx.Module):
         )  # fmt: skip
         if self.moe.bias:
             logits_TR += self.router_bias_R[...].astype(jnp.float32)[None]
-        p_TR = jax.nn.softmax(logits_TR, axis=-1)
-        weight_Tk, expert_Tk = lax.top_k(p_TR, self.moe.num_experts_per_tok)
-        if self.moe.norm_topk_prob:
-            weight_Tk /= weight_Tk.sum(-1, keepdims=True)
+        is_softmax = self.moe.scores == "softmax"
+        score_TR = jax.nn.softmax(logits_TR) if is_softmax else jax.nn.sigmoid(logits_TR)
+        chosen_by_TR = score_TR
+        if self.moe.selection_bias:
+            chosen_by_TR = score_TR + self.selection_bias_R[...][None]
+        if (groups := self.moe.groups) is not None:
+            chosen_by_TR = _of_the_best(chosen_by_TR, groups)
+        weight_Tk, expert_Tk = lax.top_k(chosen_by_TR, self.moe.num_experts_per_tok)
+        if chosen_by_TR is not score_TR:
+            weight_Tk = jnp.take_along_axis(score_TR, expert_Tk, axis=-1)
+        if self.moe.norm_topk_prob:  # sigmoids may all be 0
+            weight_Tk /= jnp.maximum(weight_Tk.sum(-1, keepdims=True), 1e-20)
+        if self.moe.weight_multiplier != 1.0:
+            weight_Tk *= self.moe.weight_multiplier
         return weight_Tk, expert_Tk
 
     def experts(self, x_TD: Float[Array, "T D"], choice: Choice) -> Float[Array, "T D"]:
@@ -129,3 +145,12 @@ class MoE(nnx.Module):
         y_MD = product(activate(self.activation, gate_MI, up_MI), down, 1)
         y_TkD = y_MD[row_M].reshape(*expert_Tk.shape, -1).astype(jnp.float32)
         return (y_TkD * weight_Tk[..., None]).sum(1).astype(x_TD.dtype)
+
+
+def _of_the_best(score_TR: Float[Array, "T R"], groups: ExpertGroups) -> Float[Array, "T R"]:
+    """The scores of those in the groups that score best; of the others -inf."""
+    score_TGg = score_TR.reshape(score_TR.shape[0], groups.count, -1)
+    score_TG = lax.top_k(score_TGg, groups.best)[0].sum(-1)
+    _, chosen_Tc = lax.top_k(score_TG, groups.chosen)
+    is_chosen_TG = (chosen_Tc[..., None] == jnp.arange(groups.count)[None, None]).any(1)
+    return jnp.where(is_chosen_TG[..., None], score_TGg, -jnp.inf).reshape(score_TR.shape)

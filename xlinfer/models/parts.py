@@ -5,6 +5,7 @@ D_NH: an axis of D, and one of N x H
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -133,7 +134,8 @@ class Attention(nnx.Module):
             together = lambda norm, x: norm(x.reshape(*x.shape[:2], -1)).reshape(x.shape)
             q_BTNH, k_BTKH = together(self.q_norm, q_BTNH), together(self.k_norm, k_BTKH)
         if angles is not None:
-            q_BTNH, k_BTKH = rotate(q_BTNH, angles), rotate(k_BTKH, angles)
+            turn = partial(rotate, angles=angles, interleaved=cfg.rope_interleaved)
+            q_BTNH, k_BTKH = turn(q_BTNH), turn(k_BTKH)
         o_BTNH, kv = attend(
             q_BTNH, k_BTKH, v_BTKH, kv, layer=layer, window=window, scale=cfg.attention_scale,
             softcap=cfg.attention_softcap,

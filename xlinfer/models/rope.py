@@ -98,12 +98,19 @@ def rope_angles(freq_h: np.ndarray, scale: float, pos_BT: Int[Array, "B T"]) -> 
     return jnp.cos(angle_BTh) * scale, jnp.sin(angle_BTh) * scale
 
 
-def rotate(x_BTNH: Float[Array, "B T N H"], angles: Angles) -> Float[Array, "B T N H"]:
+def rotate(
+    x_BTNH: Float[Array, "B T N H"], angles: Angles, *, interleaved: bool
+) -> Float[Array, "B T N H"]:
     """Rotate the pairs (first half, second half) of a head's first 2h dimensions, Hugging Face's
-    layout; computed in float32. The other dimensions stay."""
+    layout; computed in float32. The other dimensions stay. `interleaved` pairs are neighbours, and
+    come out as halves: q and k alike, so that q·k is the same."""
     cos_BT1h, sin_BT1h = (a[:, :, None] for a in angles)
     rotated = 2 * cos_BT1h.shape[-1]
-    a, b = jnp.split(x_BTNH[..., :rotated].astype(jnp.float32), 2, axis=-1)
+    x_BTNR = x_BTNH[..., :rotated].astype(jnp.float32)
+    if interleaved:
+        a, b = x_BTNR[..., ::2], x_BTNR[..., 1::2]
+    else:
+        a, b = jnp.split(x_BTNR, 2, axis=-1)
     y_BTNR = jnp.concatenate([a * cos_BT1h - b * sin_BT1h, b * cos_BT1h + a * sin_BT1h], axis=-1)
     y_BTNR = y_BTNR.astype(x_BTNH.dtype)
     if rotated == x_BTNH.shape[-1]:

@@ -10,9 +10,9 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.devices import DEVICES, Device
 from xlinfer.config import ModelConfig, Rope
-from xlinfer.kvcache import KV, AnyMesh, Attend
+from xlinfer.kvcache import KV, AnyMesh, Attend, LatentAttend, Latents
 from xlinfer.models.block import Block
-from xlinfer.models.causal_lm import causal_attend
+from xlinfer.models.causal_lm import causal_attend, causal_latent_attend
 from xlinfer.models.parts import bias, hidden_norm, token_logits, weight
 from xlinfer.models.rope import Angles, rope_angles, rope_frequencies
 from xlinfer.models.scan import scan_layers
@@ -69,11 +69,15 @@ class Transformer(nnx.Module):
         self.num_heads, self.num_kv_heads = cfg.num_heads, cfg.num_kv_heads
         self.head_dim = cfg.head_dim
         self.max_position_embeddings = cfg.max_position_embeddings
+        self.latents = None
+        if cfg.mla is not None:
+            self.latents = Latents(latent_dim=cfg.mla.latent_dim, rope_dim=cfg.rotary_dim)
         self.token_width = _token_width(cfg)
 
     def __call__(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T V"]:
         pos_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1])[None], tokens_BT.shape)
-        attend = causal_attend(self.device, self.mesh)
+        over_whole = causal_attend if self.latents is None else causal_latent_attend
+        attend = over_whole(self.device, self.mesh)
         x_BTD, _ = self.hidden(tokens_BT, pos_BT, attend, None, context_len=tokens_BT.shape[1])
         return self.logits(x_BTD)
 
@@ -81,7 +85,7 @@ class Transformer(nnx.Module):
         self,
         tokens_BT: Int[Array, "B T"],
         pos_BT: Int[Array, "B T"],
-        attend: Attend,
+        attend: Attend | LatentAttend,
         kv: KV,
         *,
         context_len: int,
@@ -119,7 +123,11 @@ class Transformer(nnx.Module):
 
 
 def _scan(
-    run: Run, blocks: list[Block], carry: Any, angles: Mapping[Rope | None, Any], attend: Attend
+    run: Run,
+    blocks: list[Block],
+    carry: Any,
+    angles: Mapping[Rope | None, Any],
+    attend: Attend | LatentAttend,
 ) -> Any:
     """x and the cache after the layers of `run`, whose stacks are `blocks`."""
     graphs, states = zip(*(nnx.split(block) for block in blocks), strict=True)
@@ -138,9 +146,11 @@ def _scan(
 
 def _token_width(cfg: ModelConfig) -> int:
     """Numbers alive at once for each token of a forward, as XLA schedules it: gate and up, or
-    those of all experts of a token with their input, and the residual; where attention and MLP are
-    parallel, the sum of both too."""
+    those of all experts of a token with their input, or queries to latents and what they get, and
+    the residual; where attention and MLP are parallel, the sum of both too."""
     D, widths = cfg.hidden_size, []
+    if cfg.mla is not None:
+        widths.append(cfg.num_heads * (2 * cfg.mla.latent_dim + cfg.rotary_dim))
     if any(not kind.experts for kind in cfg.kinds):
         widths.append((2 if cfg.gated_mlp else 1) * cfg.intermediate_size)
     if cfg.moe is not None and cfg.moe.layers:
