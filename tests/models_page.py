@@ -5,8 +5,9 @@ from pathlib import Path
 
 from converters import open_checkpoint, read_config, read_model, read_scheme, weight_forms
 from converters.families import FAMILIES
+from tests.checkpoints import ENCODER_DECODERS, GOLDENS, MULTIMODAL, QUANTIZED, quantized_golden
 from tests.checkpoints import FAMILIES as GOLDEN_NAMES
-from tests.checkpoints import GOLDENS, MULTIMODAL, QUANTIZED, quantized_golden
+from tests.engine.test_encoded_prompts import QUICK as QUICK_ENCODERS
 from tests.engine.test_engine import MULTIMODAL as ENGINE_MULTIMODAL
 from tests.engine.test_engine import QUICK
 from tests.engine.test_tensor_parallel import ATOL as SPLIT_ATOL
@@ -52,7 +53,8 @@ within a root mean square of {rounded:g}.
 
 def page() -> str:
     """Raises AssertionError for a family without a golden."""
-    golden = {open_checkpoint(GOLDENS / name).config.model_type for name in GOLDEN_NAMES}
+    names = (*GOLDEN_NAMES, *ENCODER_DECODERS)
+    golden = {open_checkpoint(GOLDENS / name).config.model_type for name in names}
     assert golden == FAMILIES.keys(), f"without a golden: {FAMILIES.keys() - golden}"
     introduction = INTRODUCTION.format(
         command=COMMAND, logits=ATOL["golden"], scores=SPLIT_ATOL,
@@ -61,6 +63,7 @@ def page() -> str:
     families = [
         ("model_type", "golden", "config.json of", "has", "engine"),
         *sorted(map(of_golden, GOLDEN_NAMES), key=lambda row: (row[0].strip("`"), row[1])),
+        *map(of_encoder_decoder, ENCODER_DECODERS),
         *(of_multimodal(name) for name in sorted(MULTIMODAL)),
     ]
     formats = [
@@ -94,6 +97,14 @@ def of_golden(name: str) -> tuple[str, ...]:
     styles = [style for file, style in STYLES.items() if (GOLDENS / name / file).is_file()]
     engine = "always" if name in QUICK else "slow"
     return f"`{config.model_type}`", name, " and ".join(sorted(styles)), features(config), engine
+
+
+def of_encoder_decoder(name: str) -> tuple[str, ...]:
+    config = open_checkpoint(GOLDENS / name).config
+    styles = [style for file, style in STYLES.items() if (GOLDENS / name / file).is_file()]
+    has = f"an encoder, {features(config)}"
+    engine = "always" if any(name == quick for quick, _ in QUICK_ENCODERS) else "slow"
+    return f"`{config.model_type}`", name, " and ".join(sorted(styles)), has, engine
 
 
 def of_multimodal(name: str) -> tuple[str, ...]:

@@ -77,6 +77,7 @@ class CrossAttend(Protocol):
     def __call__(self, q_BTNH: Array, kv: KV, *, layer: int | Array, scale: float) -> Array: ...
 
 
+@runtime_checkable
 class LatentAttend(Protocol):
     """`Attend` to latents: head n's key is k_b_NUC[n] times a token's latent, then its rope part,
     which all heads share, and its value the latent times v_b_NCW[n].

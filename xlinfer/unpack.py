@@ -183,11 +183,14 @@ def _numbers(words: UInt32[Array, "R W"], bits: int, count: int) -> Int[Array, "
 
 def _stream(words: UInt32[Array, "R W"], bits: int, count: int) -> Int[Array, "R C"]:
     """The first `count` numbers of each row's stream of bits, low bits first."""
+    if 32 % bits == 0:
+        shifts = jnp.arange(0, 32, bits, dtype=jnp.uint32)[None, None]
+        numbers = (words[..., None] >> shifts) & ((1 << bits) - 1)
+        return numbers.astype(jnp.int32).reshape(words.shape[0], -1)[:, :count]
     at = jnp.arange(count) * bits
     low, shift = words[:, at // 32], (at % 32).astype(jnp.uint32)[None]
-    numbers = low >> shift
-    if 32 % bits:  # a number may begin in one word and end in the next
-        high = words[:, jnp.minimum(at // 32 + 1, words.shape[1] - 1)]
-        left = jnp.minimum(32 - shift, 31)
-        numbers |= jnp.where(shift + bits > 32, high << left, 0)
+    # A number may begin in one word and end in the next.
+    high = words[:, jnp.minimum(at // 32 + 1, words.shape[1] - 1)]
+    left = jnp.minimum(32 - shift, 31)
+    numbers = (low >> shift) | jnp.where(shift + bits > 32, high << left, 0)
     return (numbers & ((1 << bits) - 1)).astype(jnp.int32)
