@@ -192,7 +192,7 @@ def _stream(
     in_flight_bytes: int,
 ) -> dict[tuple, Any]:
     leaves, tree = jax.tree.flatten(targets)
-    specs = tuple((t.shape, t.dtype, t.sharding) for t in leaves)
+    specs = tuple((t.shape, placing.while_loading(t.dtype, mesh), t.sharding) for t in leaves)
     arrays = jax.tree.unflatten(tree, placing.zeros(specs))
     total, done, in_flight = sum(step.nbytes for step in steps), 0, 0
     progress("load", 0, total)
@@ -210,7 +210,7 @@ def _stream(
         in_flight += step.nbytes
         done += step.nbytes
         progress("load", done, total)
-    return jax.block_until_ready(arrays)
+    return jax.block_until_ready(jax.tree.map(placing.loaded, arrays, targets))
 
 
 def _restored(
