@@ -99,6 +99,7 @@ LOW_RANK_QUERY = (
     ),
 )
 KV_B = f"{LAYER}self_attn.kv_b_proj.weight"
+ABSORBED = "its halves multiply queries and outputs of a head each, which no packed product does"
 LATENT = (
     Row(
         "layers.attn.kv_a_DL",
@@ -107,8 +108,8 @@ LATENT = (
         inputs="D",
     ),
     Row("layers.attn.kv_a_norm.scale_D", f"{LAYER}self_attn.kv_a_layernorm.weight", "C -> C"),
-    Row("layers.attn.k_b_NUC", KV_B, "(N U|W) C -> N U C"),
-    Row("layers.attn.v_b_NCW", KV_B, "(N U|W) C -> N C W", piece=1),
+    Row("layers.attn.k_b_NUC", KV_B, "(N U|W) C -> N U C", inputs="C", floats=ABSORBED),
+    Row("layers.attn.v_b_NCW", KV_B, "(N U|W) C -> N C W", piece=1, inputs="C", floats=ABSORBED),
     Row(
         "layers.attn.o_NW_D",
         f"{LAYER}self_attn.o_proj.weight",

@@ -27,7 +27,7 @@ def matrix_of(rule: Rule, source: str) -> Matrix:
     """What a format is to hold. Raises CheckpointError where the rule reorders the inputs."""
     groups = rule.layout.source_axes
     order = _order(rule)
-    if groups[order[-1]] not in rule.axes:
+    if groups[order[-1]] not in rule.axes and not rule.floats:
         raise CheckpointError(f"{source}: its inputs are reordered; quantized ones cannot be")
     stored = rule.source_shape
     return Matrix(tensor=source, shape=tuple(stored[i] for i in order), stored=stored, axes=order)
@@ -50,7 +50,15 @@ def packings(rule: Rule, scheme: Scheme | None) -> Mapping[str, Packing]:
     if rule.target[0] != STACKED and rule.target[0] not in scheme.outside:
         return {}
     found = {source: scheme.packing(matrix_of(rule, source)) for source in rule.sources}
-    return {source: packing for source, packing in found.items() if packing is not None}
+    held = {source: packing for source, packing in found.items() if packing is not None}
+    if not rule.floats:
+        return held
+    rounded = [s for s, packing in held.items() if isinstance(packing.code, Round)]
+    return {
+        source: replace(packing, form=None, why=rule.floats)
+        for source, packing in held.items()
+        if source not in rounded
+    }
 
 
 def form_of_rule(rule: Rule, held: Mapping[str, Packing], where: str) -> Form | None:

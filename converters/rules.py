@@ -50,6 +50,7 @@ class Row:
     parts: tuple[str, ...] = ()
     piece: int = 0  # of the source's axis that has several
     inputs: str | None = None  # of a matrix, which may be quantized: the axis that a product sums
+    floats: str = ""  # why it is kept in floats even so
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +89,7 @@ class Rule:
     cut: Cut | None  # None: the whole source
     layout: Layout  # of what is cut
     inputs: tuple[str, ...] | None = None  # of a matrix: the letters of the axis that is summed
+    floats: str = ""
 
 
 def expand(rows: Iterable[Row], config: ModelConfig, kv_replicas: int = 1) -> tuple[Rule, ...]:
@@ -183,6 +185,7 @@ def _rule(
             kv_replicas=kv_replicas,
         ),
         inputs=_groups(row.inputs)[0] if row.inputs else None,
+        floats=row.floats,
     )
 
 

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from converters import Cut, Layout, PackedStep, Rule, Step, cut_out, read_tensor
 from converters.formats.packing import Round
-from converters.packed import EXPERTS, IN, OUT, WHOLE, array_rule
+from converters.packed import IN, OUT, WHOLE, array_rule
 from pallas_kernels.devices import DEVICES
 from xlinfer.forms import FP8_BLOCK, Form
 from xlinfer.mesh import TENSOR, sharding
@@ -136,11 +136,10 @@ def place_packed(
     code, host = step.settle(host)
     moved = {role: jax.device_put(x, _split_somewhere(x, mesh)) for role, x in host.items()}
     if not isinstance(parameter, QTensor):
-        rule = array_rule(step.rule, _float_axes(step.rule), step.matrix.shape[-1])
+        rule, stored = step.rule, tuple(np.argsort(step.matrix.axes).tolist())
         start = np.array(rule.starts[step.source], np.int32)
-        return _write_floats(
-            parameter, moved, start, code, (rule.layout, rule.cut), target.sharding
-        )
+        way = (rule.layout, rule.cut)
+        return _write_floats(parameter, moved, start, code, stored, way, target.sharding)
     form = parameter.form
     arrays = {name: x for name in ARRAYS if (x := getattr(parameter, name)) is not None}
     rules = array_rules(step.rule, form, step.matrix.shape[-1])
@@ -167,10 +166,6 @@ def array_rules(rule: Rule, form: Form, K: int) -> dict[str, Rule]:
     if form.scales == "block":
         inside["scale"] = shapes["scale"][1]
     return {name: array_rule(rule, axes[name], inside.get(name, 0)) for name in axes}
-
-
-def _float_axes(rule: Rule) -> tuple[str, ...]:
-    return tuple(IN if group == rule.inputs else OUT for group in rule.axes if group != EXPERTS)
 
 
 def _split_somewhere(x: np.ndarray, mesh: Mesh) -> NamedSharding:
@@ -241,12 +236,14 @@ def _write_rounded(
     return done
 
 
-@partial(jax.jit, static_argnames=("code", "way", "lies"), donate_argnames="parameter")
+@partial(jax.jit, static_argnames=("code", "stored", "way", "lies"), donate_argnames="parameter")
 def _write_floats(
-    parameter: jax.Array, parts: Held, start: jax.Array, code: Any, way: Way, lies: NamedSharding
-) -> jax.Array:
-    """A matrix that no form holds, as floats."""
-    return _put(parameter, _laid_out(floats(unpack(code, parts)), way), start, lies)
+    parameter: jax.Array, parts: Held, start: jax.Array, code: Any, stored: tuple[int, ...],
+    way: Way, lies: NamedSharding,
+) -> jax.Array:  # fmt: skip
+    """A matrix that no form holds, as floats; their axes in a checkpoint are `stored`."""
+    value = floats(unpack(code, parts)).transpose(stored)
+    return _put(parameter, _laid_out(value, way), start, lies)
 
 
 def floats(found: Unpacked) -> jax.Array:

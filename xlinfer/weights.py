@@ -108,6 +108,7 @@ def load_model(
     steps = checkpoint.schedule(replicas, scheme)
     for prefix, tensors, nbytes in checkpoint.left_out:
         logger.warning("%s: left out %s: %d tensors, %d bytes", path, prefix, tensors, nbytes)
+    _say_what_becomes_floats(checkpoint.path, steps, forms, kept)
     arrays = _stream(steps, targets, mesh, progress or _silent, in_flight_bytes)
     filled = [(path, param.replace(arrays[path])) for path, param in flat]
     return nnx.merge(graph, nnx.from_flat_state(filled))
@@ -182,6 +183,20 @@ def _check_rules(rules: tuple[Rule, ...], targets: Mapping, config: ModelConfig)
     if wrong:
         names = ", ".join(sorted(".".join(map(str, path)) for path in wrong))
         raise ValueError(f"the table of {config.model_type} does not fit the model at {names}")
+
+
+def _say_what_becomes_floats(
+    path: Path, steps: tuple[AnyStep, ...], forms: Mapping[tuple, Form], dtype: np.dtype
+) -> None:
+    """One line for each parameter that the checkpoint has in few bits and the model has not."""
+    blocks = "its outputs are moved out of their blocks of 128"
+    reasons = {
+        step.rule.target: step.packing.why or blocks
+        for step in steps
+        if isinstance(step, PackedStep) and step.rule.target not in forms
+    }
+    for target, why in reasons.items():
+        logger.warning("%s: %s is kept in %s: %s", path, ".".join(map(str, target)), dtype, why)
 
 
 def _stream(

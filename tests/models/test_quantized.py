@@ -1,20 +1,22 @@
 """Quantized checkpoints, as the formats' own libraries wrote them, against the logits that
 transformers computes with the same weights dequantized (tests/data/quantized)."""
 
+import json
 import shutil
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from converters import read_config, read_model, read_scheme, weight_forms
-from tests.checkpoints import QUANTIZED, quantized_golden
+from tests.checkpoints import GOLDENS, QUANTIZED, quantized_golden
 from xlinfer.engine.engine import Engine
 from xlinfer.mesh import make_mesh
-from xlinfer.quant import QTensor
+from xlinfer.quant import QTensor, dequantize
 from xlinfer.request import Request, SamplingParams
 from xlinfer.weights import load_model
 
@@ -100,3 +102,41 @@ def test_logits_on_several_devices(name, devices):
         shard = q.data_NK.sharding.shard_shape(q.data_NK.shape)
         assert np.prod(shard) * devices == q.data_NK.size, f"{path} is divided"
     jax.block_until_ready(nnx.state(model))
+
+
+def test_deepseek_in_fp8_as_it_is_published(tmp_path, caplog):
+    """Every matrix in blocks of 128 x 128, most of them partial; kv_b is needed in floats."""
+    source, folder = GOLDENS / "deepseek-v3", tmp_path / "fp8"
+    shutil.copytree(source, folder)
+    document = json.loads((folder / "config.json").read_text())
+    fp8 = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
+    (folder / "config.json").write_text(json.dumps(document | {"quantization_config": fp8}))
+    rng, tensors, dense = np.random.default_rng(0), {}, {}
+    for name, w in load_file(folder / "model.safetensors").items():
+        tensors[name] = dense[name] = w
+        if w.ndim != 2 or "_proj" not in name:
+            continue
+        N, K = w.shape
+        scale = rng.uniform(0.01, 0.02, (-(-N // 128), -(-K // 128))).astype(np.float32)
+        wide = np.repeat(np.repeat(scale, 128, 0)[:N], 128, 1)[:, :K]
+        tensors[name] = (w / wide).astype(ml_dtypes.float8_e4m3fn)
+        tensors[f"{name}_scale_inv"] = scale
+        dense[name] = tensors[name].astype(np.float32) * wide
+    save_file(tensors, folder / "model.safetensors")
+    model = load_model(folder)
+    assert "v_b_NCW is kept in float32: its halves multiply" in caplog.text
+
+    plain = tmp_path / "float"
+    shutil.copytree(source, plain)
+    save_file(dense, plain / "model.safetensors")
+    want = dict(nnx.to_flat_state(nnx.state(load_model(plain))))
+    packed = 0
+    for path, param in nnx.to_flat_state(nnx.state(model)):
+        value, floats = param.get_value(), np.asarray(want[path].get_value())
+        if isinstance(value, QTensor):
+            packed += 1
+            layers = [dequantize(value.of_layer(jnp.int32(i)).sliced()) for i in range(len(floats))]
+            value = np.stack(layers)
+            value = value if value.ndim == 4 else value.swapaxes(-1, -2)  # experts are [E, N, K]
+        np.testing.assert_allclose(value, floats, rtol=1e-6, atol=0)
+    assert packed > 8
