@@ -20,7 +20,7 @@ from pallas_kernels import mla_attention
 from pallas_kernels.checks import check_one_of
 from pallas_kernels.devices import Device, Impl, check_runs
 from pallas_kernels.paged_attention import IMPLS, choose, refusal
-from xlinfer.kvcache import CacheSpec, Latents, tensor_size
+from xlinfer.kvcache import CacheSpec, Latents, cache_dtype, tensor_size
 from xlinfer.models import check_model
 from xlinfer.plan import Memory, Plan, PlanError, make_plan, pages_for
 from xlinfer.programs import (
@@ -47,6 +47,7 @@ class Sizes:
     decode_window: int = 32
     deterministic: bool = False
     attention_impl: str | None = None
+    kv_cache_dtype: str = "auto"
     max_logprobs: int = 20
 
 
@@ -109,6 +110,7 @@ class Deployment:
     params: tuple[jax.ShapeDtypeStruct, ...]  # placed on the programs' mesh
     paths: tuple[str, ...]  # of the parameters in the model
     spec: CacheSpec
+    dtype: Any  # of activations
     facts: Facts
     memory: Memory
     described: bool  # the mesh is of devices that need not be here
@@ -200,6 +202,7 @@ def deploy(
     max_model_len = facts.max_position_embeddings if max_model_len is None else max_model_len
     _check_sizes(facts.max_position_embeddings, max_model_len, page_size, sizes.hbm_utilization)
     dtype = _activation_dtype(state)
+    kv_dtype = cache_dtype(sizes.kv_cache_dtype, dtype)
     spec = CacheSpec(
         num_layers=facts.num_layers,
         num_pages=sizes.num_pages or 0,
@@ -207,8 +210,8 @@ def deploy(
         page_size=page_size,
         head_dim=facts.head_dim,
         latents=facts.latents,
-        dtype=dtype,
-        impl=_attention_impl(sizes.attention_impl, device, page_size, facts, dtype),
+        dtype=kv_dtype,
+        impl=_attention_impl(sizes.attention_impl, device, page_size, facts, dtype, kv_dtype),
     )
     encodes = facts.has_encoder
     # An encoder reads its prompt whole.
@@ -255,7 +258,8 @@ def deploy(
     )
     return Deployment(
         programs=programs, params=params, paths=paths_of(state),
-        spec=spec.with_pages(num_pages), facts=facts, memory=memory, described=described,
+        spec=spec.with_pages(num_pages), dtype=dtype, facts=facts, memory=memory,
+        described=described,
     )  # fmt: skip
 
 
@@ -303,17 +307,20 @@ def paths_of(state: Any) -> tuple[str, ...]:
 
 
 def _attention_impl(
-    asked: str | None, device: Device, page_size: int, facts: Facts, dtype: Any
+    asked: str | None, device: Device, page_size: int, facts: Facts, dtype: Any, kv_dtype: Any
 ) -> Impl:
+    """`dtype` is of queries: a kernel that takes a cache of it takes them."""
+    common = lambda impls: next(iter(impls)) if len(impls) == 1 else "reference"
     if asked is None and facts.latents is not None:
-        dims = asdict(facts.latents)
-        return mla_attention.choose(device, page_size=page_size, **dims, dtype=dtype)
-    cache: dict[str, Any] = {"page_size": page_size, "head_dim": facts.head_dim, "dtype": dtype}
+        dims = {"page_size": page_size, **asdict(facts.latents)}
+        return common({mla_attention.choose(device, **dims, dtype=d) for d in (dtype, kv_dtype)})
+    cache: dict[str, Any] = {"page_size": page_size, "head_dim": facts.head_dim, "dtype": kv_dtype}
+    queries = cache | {"dtype": dtype}
     wanted = {"distance_bias": facts.has_distance_bias, "apart": facts.has_encoder}
     if asked is None:
-        impl = choose(device, **cache, **wanted)
+        impl = common({choose(device, **held, **wanted) for held in (cache, queries)})
         if (kernel := choose(device, **cache)) != impl:
-            why = refusal(kernel, **cache, **wanted)
+            why = refusal(kernel, **cache, **wanted) or refusal(kernel, **queries, **wanted)
             logger.warning("attention runs by the %s, not by %s: %s", impl, kernel, why)
         return impl
     check_one_of("attention_impl", asked, IMPLS)

@@ -47,6 +47,13 @@ def define_program_flags(values: flags.FlagValues) -> None:
         ["reference", "mosaic_gpu", "mosaic_tpu"],
         "How attention is computed. Default: the device's kernel.",
     )
+    one_of(
+        "kv_cache_dtype",
+        "auto",
+        ["auto", "fp8", "fp8_e4m3", "bfloat16", "float16", "float32"],
+        "Type of the KV cache: that of the activations, or fp8 (e4m3), half of 16 bits. auto: the "
+        "activations', or fp8 where the checkpoint's quantization_config says so.",
+    )
     define_text_only(values)
     whole("max_model_len", None, "Tokens of one sequence, prompt and answer.", 1)
     whole("max_num_seqs", None, "Sequences that run at once.", 1)

@@ -108,7 +108,7 @@ def table(path: str, manifest: Mapping[str, Any], rows: Sequence[Row]) -> str:
         + f", xlinfer {manifest['xlinfer']}",
         f"  serves      max_model_len {plan['max_model_len']:,}, max_num_seqs "
         f"{plan['max_num_seqs']}, {plan['num_pages']:,} pages of {plan['page_size']} tokens, "
-        f"attention {manifest['attention_impl']}",
+        f"attention {manifest['attention_impl']}, KV cache {manifest['kv_cache_dtype']}",
         f"  memory      {gib(measured['arguments'] + measured['temporaries'])} of each device "
         f"(weights {gib(memory['weight_bytes'])}, pages "
         f"{gib(memory['page_bytes'] * plan['num_pages'])}, temporaries "

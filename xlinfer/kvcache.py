@@ -9,11 +9,13 @@ that stand for them, for all layers. Page 0 belongs to nobody: padding is writte
 read.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
@@ -27,6 +29,14 @@ PADDING_PAGE = 0
 Cache = Pages | PackedPages | mla_attention.Pages
 AnyMesh = Mesh | AbstractMesh  # of devices, or of none: what is only counted needs none
 TENSOR_AXIS = "tensor"  # of the mesh: heads, and with them the cache, are split over it
+FP8 = np.dtype(jnp.float8_e4m3fn)
+CACHE_DTYPES: Mapping[str, np.dtype] = {
+    "fp8": FP8,
+    "fp8_e4m3": FP8,
+    "bfloat16": np.dtype(jnp.bfloat16),
+    "float16": np.dtype(jnp.float16),
+    "float32": np.dtype(jnp.float32),
+}
 
 
 @runtime_checkable
@@ -161,6 +171,25 @@ class CacheSpec:
             num_kv_heads=self.num_kv_heads // tensor_size(mesh), page_size=self.page_size,
             head_dim=self.head_dim, dtype=self.dtype,
         )  # fmt: skip
+
+
+def cache_dtype(asked: str, activations: Any) -> np.dtype:
+    """What the cache holds numbers in: "auto" is `activations`, the dtype that attention computes
+    k and v in. Raises ValueError for another name than CACHE_DTYPES', and for another float dtype
+    than the activations'."""
+    own = np.dtype(activations)
+    if asked == "auto":
+        return own
+    if asked not in CACHE_DTYPES:
+        raise ValueError(
+            f"kv_cache_dtype is {asked!r}; it must be one of auto, {', '.join(CACHE_DTYPES)}"
+        )
+    if (dtype := CACHE_DTYPES[asked]) not in (own, FP8):
+        raise ValueError(
+            f"kv_cache_dtype is {asked!r}, and k and v are {own}: the cache holds them as they are "
+            f"or as fp8. Ask for auto, {own} or fp8, or load the weights as {asked}"
+        )
+    return dtype
 
 
 def paged_attend(

@@ -73,6 +73,19 @@ def test_weights_and_pages_are_those_of_one_devices_share(capsys, model, target,
     assert made["kv_cache"]["page_bytes"] == token * 64 // size
 
 
+def test_an_8_bit_cache_has_pages_of_half_the_bytes(capsys):
+    wide = plan(capsys, "llama-3.1-8b", "v6e-1", "--max_model_len=8192")
+    flags = ("--max_model_len=8192", "--kv_cache_dtype=fp8")
+    half = plan(capsys, "llama-3.1-8b", "v6e-1", *flags)
+    assert (wide["kv_cache"]["dtype"], half["kv_cache"]["dtype"]) == ("bfloat16", "float8_e4m3fn")
+    assert 2 * half["kv_cache"]["page_bytes"] == wide["kv_cache"]["page_bytes"]
+    assert half["kv_cache"]["pages"] >= 2 * wide["kv_cache"]["pages"]
+    # Activations are bfloat16 still.
+    for name in ("temporary_activation_bytes", "weight_bytes"):
+        assert half["memory"][name] == wide["memory"][name]
+    assert half["target"] == wide["target"]
+
+
 def test_what_is_left_of_the_memory_is_pages(capsys):
     made = plan(capsys, "llama-3.1-8b", "v6e-1", "--max_model_len=8192")
     memory, cache = made["memory"], made["kv_cache"]
@@ -274,6 +287,7 @@ def test_a_wrong_command_line_exits_2(capsys, argv, said):
         ((LLAMA, "--target=v6e-1", "--max_model_len=200000"), "max_position_embeddings=131072"),
         ((LLAMA, "--target=v6e-1", "--attention_impl=mosaic_gpu"), "runs on cuda"),
         ((LLAMA, "--target=v6e-1", "--matmul_impl=xla"), "name a quantization"),
+        ((LLAMA, "--target=v6e-8", "--kv_cache_dtype=float16"), "or load the weights as float16"),
         (
             (LLAMA, "--target=v6e-8", "--max_num_seqs=64", "--max_num_batched_tokens=32"),
             "must be at least max_num_seqs=64",
@@ -319,7 +333,7 @@ decode.link_bytes decode.link_s decode.logit_bytes decode.memory_s decode.more_p
 decode.more_rows_needed decode.seconds decode.tokens_per_s decode.tokens_per_s_of_a_sequence
 decode.weight_bytes
 fits
-kv_cache.context_tokens kv_cache.longest_context_tokens kv_cache.max_model_len
+kv_cache.context_tokens kv_cache.dtype kv_cache.longest_context_tokens kv_cache.max_model_len
 kv_cache.page_bytes kv_cache.page_tokens kv_cache.pages kv_cache.sequences_of_context
 kv_cache.sequences_of_max_model_len kv_cache.token_bytes kv_cache.token_bytes_of_all_devices
 load.bytes_to_devices_of_a_host load.checkpoint_bytes load.disk_bytes_per_s load.from_disk_s

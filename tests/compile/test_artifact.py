@@ -203,6 +203,20 @@ def test_an_option_it_was_not_compiled_for_is_refused(written):
     LLM(artifact=written, max_num_seqs=4)
 
 
+def test_an_8_bit_cache(cache, tmp_path, capsys):
+    assert compile_demo(tmp_path / "fp8", "--weights", "--kv_cache_dtype=fp8", cache=cache) == 0
+    assert inspect(["inspect", str(tmp_path / "fp8")]) == 0
+    assert "KV cache float8_e4m3fn" in capsys.readouterr().out
+    llm = LLM(artifact=tmp_path / "fp8")
+    assert llm.engine.kv_cache_dtype == "float8_e4m3fn"
+    for name in ("fp8", "fp8_e4m3"):
+        same = {"max_model_len": 64, "max_num_seqs": 4, "max_num_batched_tokens": 32}
+        assert answers(LLM(DEMO_MODEL, kv_cache_dtype=name, **same)) == answers(llm)
+        LLM(artifact=tmp_path / "fp8", kv_cache_dtype=name)
+    with pytest.raises(ArtifactError, match="kv_cache_dtype=float32 is asked for, and it was com"):
+        LLM(artifact=tmp_path / "fp8", kv_cache_dtype="float32")
+
+
 @pytest.mark.parametrize("place", [".", "programs", "programs/admit.xla", "compiled.json"])
 def test_what_others_may_write_is_refused(copy, place):
     (copy / place).chmod((copy / place).stat().st_mode | 0o020)

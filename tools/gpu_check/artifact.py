@@ -114,6 +114,7 @@ def start(job: Job, name: str) -> dict[str, Any]:
             executables=executables, plan=opened.plan, mesh=opened.mesh,
             vocab_size=opened.manifest["facts"]["vocab_size"],
             attention_impl=opened.manifest["attention_impl"],
+            kv_cache_dtype=opened.manifest["kv_cache_dtype"],
         )  # fmt: skip
         engine = Engine.of(ready, enable_prefix_caching=False)
     else:

@@ -22,7 +22,7 @@ NO_MATRIX = re.compile(r"(bias|scale)")  # of a product: those of norms and QTen
 
 def work_of(deployment: Deployment, config: ModelConfig) -> Work:
     n = tensor_size(deployment.programs.mesh)
-    itemsize = jnp.dtype(deployment.spec.dtype).itemsize
+    itemsize = jnp.dtype(deployment.dtype).itemsize
     layer_bytes = layer_flops = expert_bytes = expert_numbers = 0
     head_bytes = head_flops = 0
     for path, x in zip(deployment.paths, deployment.params, strict=True):
@@ -72,7 +72,7 @@ def _pair_flops(facts: Facts) -> int:
 def rates_of(deployment: Deployment, chip: Chip) -> Rates:
     """Weights in int4 and int8 are widened to the activations' dtype before they are multiplied;
     fp8 is multiplied as it is where the chip can."""
-    activations = jnp.dtype(deployment.spec.dtype).name
+    activations = jnp.dtype(deployment.dtype).name
     known = "bfloat16" if activations == "float16" else activations
     is_fp8 = any(x.dtype.name == "float8_e4m3fn" for x in deployment.params)
     attention = chip.flops[known]

@@ -118,7 +118,7 @@ def _target(planned: Planned) -> dict[str, Any]:
 
 def _memory(planned: Planned) -> dict[str, Any]:
     memory, deployment = planned.memory, planned.deployment
-    plan, facts, spec = deployment.plan, deployment.facts, deployment.spec
+    plan, facts = deployment.plan, deployment.facts
     tensor = planned.setup.tensor_parallel_size
     pages = plan.num_pages * memory.page_bytes
     return {
@@ -129,7 +129,7 @@ def _memory(planned: Planned) -> dict[str, Any]:
         "sampling_state_bytes": memory.slot_bytes,
         "temporary_bytes": memory.temporary_bytes,
         "temporary_activation_bytes": activation_bytes(
-            facts, spec.dtype, tensor, plan.max_num_batched_tokens
+            facts, deployment.dtype, tensor, plan.max_num_batched_tokens
         ),
         "temporary_sampler_bytes": sampler_bytes(facts, tensor, plan.max_num_seqs),
         "kv_cache_bytes": pages,
@@ -142,6 +142,7 @@ def _kv_cache(planned: Planned, context: int) -> dict[str, Any]:
     memory, plan = planned.memory, planned.deployment.plan
     token = memory.page_bytes / plan.page_size
     return {
+        "dtype": jnp.dtype(planned.deployment.spec.dtype).name,
         "token_bytes": token,
         "token_bytes_of_all_devices": token * planned.setup.tensor_parallel_size,
         "page_bytes": memory.page_bytes,

@@ -87,7 +87,7 @@ def _kv_cache(made: dict[str, Any]) -> str:
     rows = [
         (
             "a token",
-            f"{_size(cache['token_bytes'])} on a device, "
+            f"{cache['dtype']}, {_size(cache['token_bytes'])} on a device, "
             f"{_size(cache['token_bytes_of_all_devices'])} in a replica",
         ),
         ("a page", f"{cache['page_tokens']} tokens, {_size(cache['page_bytes'])} on a device"),

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jax.stages import Compiled
@@ -77,6 +78,7 @@ def describe(
         "plan": asdict(programs.plan),
         "facts": deployment.facts._asdict(),
         "attention_impl": programs.attention_impl,
+        "kv_cache_dtype": jnp.dtype(deployment.spec.dtype).name,
         "memory": asdict(deployment.memory),
         "parameters": [
             {"path": path, **encode_array(x)}

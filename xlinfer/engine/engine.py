@@ -13,6 +13,7 @@ from itertools import count
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
@@ -47,6 +48,7 @@ class Ready:
     mesh: Mesh
     vocab_size: int
     attention_impl: Impl
+    kv_cache_dtype: str
 
 
 class Engine:
@@ -67,6 +69,7 @@ class Engine:
       deterministic: one program for every token, so a request's bits do not depend on load.
       attention_impl: of pallas_kernels.paged_attention; by default what that op chooses for the
         device.
+      kv_cache_dtype: of xlinfer.kvcache.CACHE_DTYPES; by default the activations'.
       seed: for requests that name none.
       kept: where compiled programs are looked for and left.
       progress: called as progress("compile", done, total).
@@ -90,6 +93,7 @@ class Engine:
         decode_window: int = 32,
         deterministic: bool = False,
         attention_impl: str | None = None,
+        kv_cache_dtype: str = "auto",
         max_logprobs: int = 20,
         seed: int = 0,
         kept: Store | None = None,
@@ -108,7 +112,8 @@ class Engine:
                 max_num_batched_tokens=max_num_batched_tokens, page_size=page_size,
                 num_pages=num_pages, hbm_utilization=hbm_utilization,
                 decode_window=decode_window, deterministic=deterministic,
-                attention_impl=attention_impl, max_logprobs=max_logprobs,
+                attention_impl=attention_impl, kv_cache_dtype=kv_cache_dtype,
+                max_logprobs=max_logprobs,
             ),
         )  # fmt: skip
         compiled = Ready(
@@ -119,6 +124,7 @@ class Engine:
             mesh=mesh,
             vocab_size=facts.vocab_size,
             attention_impl=deployment.spec.impl,
+            kv_cache_dtype=jnp.dtype(deployment.spec.dtype).name,
         )
         self._start(compiled, enable_prefix_caching, seed)
 
@@ -131,7 +137,8 @@ class Engine:
 
     def _start(self, ready: Ready, enable_prefix_caching: bool, seed: int) -> None:
         self.plan, self.vocab_size = ready.plan, ready.vocab_size
-        self.attention_impl = ready.attention_impl
+        self.attention_impl, self.kv_cache_dtype = ready.attention_impl, ready.kv_cache_dtype
+        logger.info("attention: %s, KV cache: %s", self.attention_impl, self.kv_cache_dtype)
         self._paths = ready.paths
         self._runner = Runner(
             ready.params, ready.executables, self.plan, ready.mesh,

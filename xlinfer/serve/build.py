@@ -51,6 +51,7 @@ class EngineOptions:
     tensor_parallel_size: int = 1
     quantization: str | None = None  # int4, int8, fp8; None: weights as they are
     attention_impl: str | None = None  # None: the device's kernel
+    kv_cache_dtype: str = "auto"  # auto: the activations' or the checkpoint's, fp8, or a float
     matmul_impl: str | None = None
     enable_prefix_caching: bool = True
     deterministic: bool = False
@@ -72,13 +73,13 @@ class Built:
 _COMPILED = (
     *("dtype", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "page_size"),
     *("num_pages", "hbm_utilization", "tensor_parallel_size", "quantization", "matmul_impl"),
-    *("attention_impl", "deterministic", "max_logprobs"),
+    *("attention_impl", "kv_cache_dtype", "deterministic", "max_logprobs"),
 )
 # Options that are the engine's arguments of the same name.
 _ENGINE = (
     *("max_model_len", "max_num_seqs", "max_num_batched_tokens", "page_size", "num_pages"),
     *("hbm_utilization", "enable_prefix_caching", "deterministic", "max_logprobs", "seed"),
-    "attention_impl",
+    *("attention_impl", "kv_cache_dtype"),
 )
 
 
@@ -160,6 +161,7 @@ def from_artifact(options: EngineOptions, progress: Progress) -> Built:
         mesh=opened.mesh,
         vocab_size=opened.manifest["facts"]["vocab_size"],
         attention_impl=opened.manifest["attention_impl"],
+        kv_cache_dtype=opened.manifest["kv_cache_dtype"],
     )
     engine = Engine.of(
         ready, enable_prefix_caching=options.enable_prefix_caching, seed=options.seed
@@ -170,14 +172,21 @@ def from_artifact(options: EngineOptions, progress: Progress) -> Built:
 def _check_asked(options: EngineOptions, manifest: Mapping[str, Any]) -> None:
     """Raise ArtifactError where an option was given and is not what the programs are for."""
     from xlinfer.compile.artifact import ArtifactError, compile_again
+    from xlinfer.kvcache import CACHE_DTYPES
 
     setup = manifest["setup"]
-    has = {**setup, **setup["sizes"]}
+    has = {**setup, **setup["sizes"], "kv_cache_dtype": manifest["kv_cache_dtype"]}
     defaults = EngineOptions.__dataclass_fields__
+
+    def differs(name: str, asked: Any) -> bool:
+        if name == "kv_cache_dtype" and asked in CACHE_DTYPES:  # there are two names for one
+            asked = CACHE_DTYPES[asked].name
+        return asked not in (defaults[name].default, has[name])
+
     wrong = [
         f"{name}={asked} is asked for, and it was compiled for {has[name]}"
         for name in _COMPILED
-        if (asked := getattr(options, name)) != defaults[name].default and asked != has[name]
+        if differs(name, asked := getattr(options, name))
     ]
     if wrong:
         raise ArtifactError(
