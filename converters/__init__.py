@@ -7,7 +7,7 @@ Of a GGUF, which has its constants beside its tensors, the header is read at onc
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,12 @@ from converters.formats.gguf import GGUFTensor, find_gguf, read_gguf, read_gguf_
 from converters.formats.packing import Scheme, check_all_match
 from converters.formats.safetensors import TensorInfo, read_folder
 from converters.formats.safetensors import read_tensor as read_safetensor
+from converters.kv_scales import unused
 from converters.multimodal import LeftOut, text_document, text_tensors
 from converters.packed import form_of_rule, packings, with_weight_forms
-from converters.quantization import BESIDE, KEYS, read_scheme
+from converters.quantization import BESIDE, KEYS, read_kv_scales, read_scheme
 from converters.rules import Cut, Layout, Rule, cut_out, expand
-from converters.schedule import AnyStep, PackedStep, Step, schedule
+from converters.schedule import AnyStep, PackedStep, ScaleStep, Step, schedule
 from xlinfer.config import GenerationConfig, ModelConfig
 from xlinfer.forms import Form
 
@@ -39,6 +40,7 @@ __all__ = [
     "LeftOut",
     "PackedStep",
     "Rule",
+    "ScaleStep",
     "Scheme",
     "Step",
     "TensorInfo",
@@ -75,6 +77,11 @@ class Checkpoint:
         """The tensors of the folder that are no part of what is meant. Raises CheckpointError."""
         return self._parts[1]
 
+    @property
+    def unused_scales(self) -> tuple[str, ...]:
+        """The tensors that are scales which nothing is computed with. Raises CheckpointError."""
+        return unused(self.tensors)
+
     @cached_property
     def _parts(self) -> tuple[Mapping[str, TensorInfo], tuple[LeftOut, ...]]:
         tensors = read_folder(self.path)
@@ -104,7 +111,7 @@ class Checkpoint:
         return schedule(
             rules,
             scheme or self.scheme,
-            {name: info for name, info in tensors.items() if name not in copies},
+            {n: info for n, info in tensors.items() if n not in {*copies, *unused(tensors)}},
             (*family.ignored, *(_mtp_layers(self.config) if family.has_mtp_layers else ())),
             self.path,
         )
@@ -205,6 +212,12 @@ def read_model(path: Path, document: Mapping[str, Any]) -> ModelConfig:
     """parse_config's, with layers told apart whose weights lie in different forms. Raises
     CheckpointError."""
     config, scheme = parse_config(path, document), read_scheme(str(path), document)
+    config = replace(config, kv_scales=read_kv_scales(str(path), document))
+    if config.kv_scales and (config.mla is not None or config.encoder is not None):
+        raise CheckpointError(
+            f"{path}: its quantization_config speaks of a KV cache of 8 bits, and xlinfer reads no "
+            f"scales of {'latents' if config.encoder is None else 'an encoder-decoder model'}"
+        )
     return with_weight_forms(config, parameter_rules(config), scheme)
 
 

@@ -14,6 +14,7 @@ from converters.config import (
 )
 from converters.errors import CheckpointError
 from converters.family import Family
+from converters.kv_scales import kv_scale_rows
 from converters.rope import KEYS as ROPE_KEYS
 from converters.rope import read_rope
 from converters.rules import Row
@@ -103,12 +104,17 @@ def llama_rows(config: ModelConfig, names: Mapping[str, str | Linear] = NAMES) -
         *(row for norm in _norms(config) for row in _norm(config, f"layers.{norm}", names[norm])),
         *(_qk_norms(config, names) if config.qk_norm else ()),
         *((Row("layers.attn.sinks_N", str(names["sinks"]), "N -> N"),) if config.sinks else ()),
+        *(kv_scale_rows(*(_linear(names[part]).name for part in "kv")) if config.kv_scales else ()),
         *(row for part in _matrices(config) for row in _matrix(config, part, names[part])),
     )
 
 
+def _linear(source: str | Linear) -> Linear:
+    return Linear(source) if isinstance(source, str) else source
+
+
 def _positions(source: str | Linear) -> tuple[Row, ...]:
-    source = Linear(source) if isinstance(source, str) else source
+    source = _linear(source)
     axes = f"{source.outputs or 'M'} D -> M D"
     return (Row("positions_MD", f"{source.name}.weight", axes, piece=source.piece),)
 
@@ -144,7 +150,7 @@ def _matrices(config: ModelConfig) -> tuple[str, ...]:
 
 
 def _matrix(config: ModelConfig, part: str, source: str | Linear) -> tuple[Row, ...]:
-    source, to = Linear(source) if isinstance(source, str) else source, MATRICES[part]
+    source, to = _linear(source), MATRICES[part]
     outputs = source.outputs or to.outputs
     axes = f"{to.inputs} {outputs}" if source.inputs_first else f"{outputs} {to.inputs}"
     weight = Row(
@@ -235,6 +241,7 @@ def llama_config(
         tie_word_embeddings=constants.flag("tie_word_embeddings"),
         max_position_embeddings=longest,
         weight_forms=(0,) * layers,
+        kv_scales=False,
     )
 
 

@@ -12,6 +12,7 @@ from converters.formats.gguf_blocks import read_gguf_blocks
 from converters.formats.gptq import read_gptq
 from converters.formats.mxfp4 import read_mxfp4
 from converters.formats.packing import Scheme
+from converters.kv_scales import has_kv_scales
 
 # Where config.json says it; compression_config is compressed-tensors' old name.
 KEYS = ("quantization_config", "compression_config")
@@ -51,19 +52,37 @@ REFUSED: Mapping[str, str] = {
 }
 
 
+def read_kv_scales(where: str, config: Mapping[str, Any]) -> bool:
+    """Whether the quantization_config of the object `config` says that there are scales of a KV
+    cache. Raises CheckpointError, beginning with `where`, for a cache that is not of e4m3."""
+    values, where = _given(where, config)
+    if values is None:
+        return False
+    inner = values.get("quantization")  # where hf_quant_config.json has it
+    return has_kv_scales(where, inner if isinstance(inner, dict) else values)
+
+
+def _given(where: str, config: Mapping[str, Any]) -> tuple[Mapping[str, Any] | None, str]:
+    """The quantization_config, None where there is none, and what begins its errors."""
+    for name in KEYS:
+        if (values := config.get(name)) is not None:
+            where = f"{where}: {name}"
+            if not isinstance(values, dict):
+                raise CheckpointError(f"{where} is {values!r}; it must be an object")
+            return values, where
+    return None, where
+
+
 def read_scheme(where: str, config: Mapping[str, Any]) -> Scheme | None:
     """What the quantization_config of the object `config` describes; None: the weights are floats.
 
     Raises CheckpointError, beginning with `where`, for a format that is not read.
     """
-    given = [name for name in KEYS if config.get(name) is not None]
-    if not given:
+    values, where = _given(where, config)
+    if values is None:
         return None
-    values, where = config[given[0]], f"{where}: {given[0]}"
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{where} is {values!r}; it must be an object")
     method = values.get("quant_method")
-    if method is None and given[0] == "compression_config":
+    if method is None and where.endswith("compression_config"):
         method = "compressed-tensors"
     if method is None and values.get("quant_algo") is not None:
         method = "modelopt"

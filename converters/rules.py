@@ -51,6 +51,9 @@ class Row:
     piece: int = 0  # of the source's axis that has several
     inputs: str | None = None  # of a matrix, which may be quantized: the axis that a product sums
     floats: str = ""  # why it is kept in floats even so
+    # Of a scale, which a file has for each place of its axis, or one for all, or none: what else
+    # files call it.
+    aliases: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +93,8 @@ class Rule:
     layout: Layout  # of what is cut
     inputs: tuple[str, ...] | None = None  # of a matrix: the letters of the axis that is summed
     floats: str = ""
+    # Of a scale: every name of each of `sources`, of which a file has one or none.
+    names: tuple[tuple[str, ...], ...] = ()
 
 
 def expand(rows: Iterable[Row], config: ModelConfig, kv_replicas: int = 1) -> tuple[Rule, ...]:
@@ -164,14 +169,16 @@ def _rule(
     if layers is not None:
         counts = {"layer": layers, **counts}
         shape, slot, target_axes = (len(layers), *shape), (1, *slot), ((), *target_axes)
+    named = lambda name: tuple(
+        name.format(**dict(zip(counts, of_source, strict=True)))
+        for of_source in itertools.product(*counts.values())
+    )
+    sources = named(row.source)
     return Rule(
         target=target,
         axes=axes,
         shape=shape,
-        sources=tuple(
-            row.source.format(**dict(zip(counts, of_source, strict=True)))
-            for of_source in itertools.product(*counts.values())
-        ),
+        sources=sources,
         starts=tuple(
             itertools.product(*(range(0, n, one) for n, one in zip(shape, slot, strict=True)))
         ),
@@ -186,6 +193,7 @@ def _rule(
         ),
         inputs=_groups(row.inputs)[0] if row.inputs else None,
         floats=row.floats,
+        names=tuple(zip(sources, *map(named, row.aliases), strict=True)) if row.aliases else (),
     )
 
 

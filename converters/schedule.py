@@ -6,9 +6,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from converters.errors import CheckpointError, listing
 from converters.formats.packing import FLOATS, Code, Matrix, Packing, Part, Parts, Scheme
 from converters.formats.safetensors import TensorInfo
+from converters.kv_scales import check_scale, is_kv_scale
 from converters.packed import matrix_of, packings
 from converters.rules import Rule
 
@@ -53,7 +56,35 @@ class PackedStep:
         return self.scheme.settle(self.packing.code, parts, f"{file}: {self.matrix.module}")
 
 
-AnyStep = Step | PackedStep
+@dataclass(frozen=True, kw_only=True)
+class ScaleStep:
+    """Write what `tensor` holds, one number or one for each kv head, into `rule`'s parameter, from
+    index `start` on; 1 where there is no tensor."""
+
+    tensor: TensorInfo | None
+    rule: Rule
+    start: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return 0 if self.tensor is None else self.tensor.nbytes
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        return {} if self.tensor is None else {"weight": self.tensor}
+
+    def settle(self, held: np.ndarray | None) -> np.ndarray:
+        """What is to be written, float32: as the tensor's data `held` say, which are checked.
+        Raises CheckpointError."""
+        heads, replicas = self.rule.layout.sizes, self.rule.layout.kv_replicas
+        scale = np.ones(1, np.float32)
+        if held is not None:
+            assert self.tensor is not None
+            scale = check_scale(held, f"{self.tensor.file}: {self.tensor.name}")
+        return np.broadcast_to(scale, heads).repeat(replicas)
+
+
+AnyStep = Step | PackedStep | ScaleStep
 
 
 def schedule(
@@ -75,6 +106,12 @@ def schedule(
     wanted: set[str] = set()
     steps: list[AnyStep] = []
     for rule in rules:
+        if rule.names:
+            for names, start in zip(rule.names, rule.starts, strict=True):
+                wanted.update(names)
+                tensor = faults.one(rule, tensors, names)
+                steps.append(ScaleStep(tensor=tensor, rule=rule, start=start))
+            continue
         for i, source in enumerate(rule.sources):
             packing = held[rule.target].get(source)
             parts = {"weight": _plain(rule)} if packing is None else packing.parts
@@ -103,7 +140,9 @@ def schedule(
         if name not in wanted and not any(pattern.fullmatch(name) for pattern in patterns)
     ]
     faults.raise_for(where, scheme)
-    place = lambda step: min((t.file, t.offset) for t in step.tensors.values())
+    place = lambda step: min(
+        ((t.file, t.offset) for t in step.tensors.values()), default=(where, 0)
+    )
     return tuple(sorted(steps, key=place))
 
 
@@ -123,6 +162,7 @@ class _Faults:
         self.left_over: list[str] = []
         self.shapes: list[str] = []
         self.dtypes: list[str] = []
+        self.twice: list[str] = []
 
     def check(self, tensor: TensorInfo, part: Part, packed: bool) -> None:
         if part.shapes and tensor.shape not in part.shapes:
@@ -140,16 +180,35 @@ class _Faults:
                 )
             )
 
+    def one(
+        self, rule: Rule, tensors: Mapping[str, TensorInfo], names: tuple[str, ...]
+    ) -> TensorInfo | None:
+        """The tensor that has one of a scale's names."""
+        found = [tensors[name] for name in names if name in tensors]
+        if len(found) > 1:
+            self.twice.append(" and ".join(tensor.name for tensor in found))
+        (heads,) = rule.source_shape
+        part = Part(suffix=None, shapes=((), (1,), (heads,), (heads, 1, 1)), dtypes=FLOATS)
+        for tensor in found:
+            self.check(tensor, part, False)
+        return found[0] if found else None
+
     def raise_for(self, where: Path, scheme: Scheme | None) -> None:
         of = "config.json" if scheme is None else f"config.json, whose format is {scheme.name}"
         said = {
             "missing: ": self.missing,
             "left over, without a place in this family: ": self.left_over,
+            "of which one is meant: ": self.twice,
             "": self.shapes,
         }
         faults = [
             intro + listing(list(dict.fromkeys(names))) for intro, names in said.items() if names
         ]
+        if any(is_kv_scale(name) for name in self.left_over):
+            faults.append(
+                "scales of a KV cache are read where the quantization_config says kv_cache_scheme "
+                "or kv_cache_quant_algo"
+            )
         if faults:
             raise CheckpointError(f"{where}: tensors do not fit {of}: " + "; ".join(faults))
         if self.dtypes:

@@ -203,6 +203,7 @@ class ModelConfig:
     max_position_embeddings: int
     # Per layer: those of one number have their weights in the same forms (see converters.packed).
     weight_forms: tuple[int, ...]
+    kv_scales: bool  # each layer has scales of k and v for a KV cache of 8 bits
 
     @property
     def kinds(self) -> tuple[LayerKind, ...]:

@@ -99,6 +99,7 @@ class Facts(NamedTuple):
     head_dim: int
     latents: Latents | None  # a member that a module may lack
     max_position_embeddings: int
+    kv_scales: bool  # it gives `attend` scales for a cache of 8 bits; this too may be lacking
     token_width: int  # numbers that a forward holds at once for each token, over all devices
     has_encoder: bool
     has_distance_bias: bool  # which no kernel adds
@@ -202,7 +203,7 @@ def deploy(
     max_model_len = facts.max_position_embeddings if max_model_len is None else max_model_len
     _check_sizes(facts.max_position_embeddings, max_model_len, page_size, sizes.hbm_utilization)
     dtype = _activation_dtype(state)
-    kv_dtype = cache_dtype(sizes.kv_cache_dtype, dtype)
+    kv_dtype = cache_dtype(sizes.kv_cache_dtype, dtype, facts.kv_scales)
     spec = CacheSpec(
         num_layers=facts.num_layers,
         num_pages=sizes.num_pages or 0,
@@ -290,6 +291,7 @@ def facts_of(model: Any) -> Facts:
     own = {
         "token_width": width,
         "latents": getattr(model, "latents", None),
+        "kv_scales": bool(getattr(model, "kv_scales", False)),
         "has_encoder": hasattr(model, "encode"),
         "has_distance_bias": bool(getattr(model, "has_distance_bias", False)),
     }

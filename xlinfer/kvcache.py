@@ -21,7 +21,7 @@ from jaxtyping import Array, Int
 
 from pallas_kernels import mla_attention, paged_attention
 from pallas_kernels.devices import Device, Impl
-from pallas_kernels.paged_attention import PackedPages, Pages, Ragged, heads_axis
+from pallas_kernels.paged_attention import PackedPages, Pages, Ragged, Scales, heads_axis
 
 KV = Any  # the cache, a pytree threaded through the layers; None without one
 FULL = 2**30  # a window that never ends
@@ -49,7 +49,8 @@ class Attend(Protocol):
     softcap * tanh(s / softcap) where that is given, and gains
     alibi_N[n] * (key position - query position), and distance_bias_NX[n, M + d] for a key d after
     the query, d being cut to -M and M, X = 2 M + 1; exp(sinks_N[n]) joins the denominator of head
-    n's softmax. Sinks, slopes and biases are float32.
+    n's softmax. Sinks, slopes and biases are float32. A cache of 8 bits holds k and v over
+    `kv_scales`, float32 of each kv head; any other holds them as they are.
     """
 
     def __call__(
@@ -66,6 +67,7 @@ class Attend(Protocol):
         sinks_N: Array | None = None,
         alibi_N: Array | None = None,
         distance_bias_NX: Array | None = None,
+        kv_scales: Scales | None = None,
     ) -> tuple[Array, KV]: ...
 
 
@@ -173,13 +175,13 @@ class CacheSpec:
         )  # fmt: skip
 
 
-def cache_dtype(asked: str, activations: Any) -> np.dtype:
-    """What the cache holds numbers in: "auto" is `activations`, the dtype that attention computes
-    k and v in. Raises ValueError for another name than CACHE_DTYPES', and for another float dtype
-    than the activations'."""
+def cache_dtype(asked: str, activations: Any, has_scales: bool) -> np.dtype:
+    """What the cache holds numbers in: "auto" is fp8 for a model that has scales for it, and else
+    `activations`, the dtype that attention computes k and v in. Raises ValueError for another name
+    than CACHE_DTYPES', and for another float dtype than the activations'."""
     own = np.dtype(activations)
     if asked == "auto":
-        return own
+        return FP8 if has_scales else own
     if asked not in CACHE_DTYPES:
         raise ValueError(
             f"kv_cache_dtype is {asked!r}; it must be one of auto, {', '.join(CACHE_DTYPES)}"
@@ -208,13 +210,18 @@ def paged_attend(
     def attend(
         q_BTNH, k_BTKH, v_BTKH, kv: Cache, *,
         layer, window, scale, softcap=None, sinks_N=None, alibi_N=None, distance_bias_NX=None,
+        kv_scales=None,
     ):  # fmt: skip
-        def local(q_TNH, k_TKH, v_TKH, kv, sinks_N, alibi_N, distance_bias_NX, layer, window):
+        if jax.tree.leaves(kv)[0].dtype != FP8:
+            kv_scales = None
+
+        def local(q_TNH, k_TKH, v_TKH, kv, of_heads, layer, window):
+            sinks_N, alibi_N, distance_bias_NX, kv_scales = of_heads
             return paged_attention.write_and_attend(
                 q_TNH, k_TKH, v_TKH, kv, layer, page_T, slot_T, ragged,
                 window=window, scale=scale, softcap=softcap, sinks_N=sinks_N, alibi_N=alibi_N,
-                distance_bias_NX=distance_bias_NX, decode_only=decode_only, device=device,
-                impl=impl,
+                distance_bias_NX=distance_bias_NX, kv_scales=kv_scales, decode_only=decode_only,
+                device=device, impl=impl,
             )  # fmt: skip
 
         if mesh.size > 1:
@@ -224,12 +231,12 @@ def paged_attend(
             local = jax.shard_map(
                 local,
                 mesh=mesh,
-                in_specs=(heads, heads, heads, kv_specs, one, one, one, none, none),
+                in_specs=(heads, heads, heads, kv_specs, one, none, none),
                 out_specs=(heads, kv_specs),
                 check_vma=False,
             )
         o_TNH, kv = local(
-            q_BTNH[0], k_BTKH[0], v_BTKH[0], kv, sinks_N, alibi_N, distance_bias_NX,
+            q_BTNH[0], k_BTKH[0], v_BTKH[0], kv, (sinks_N, alibi_N, distance_bias_NX, kv_scales),
             jnp.asarray(layer), jnp.asarray(window),
         )  # fmt: skip
         return o_TNH[None], kv

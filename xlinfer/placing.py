@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from converters import Cut, Layout, PackedStep, Rule, Step, cut_out, read_tensor
+from converters import Cut, Layout, PackedStep, Rule, ScaleStep, Step, cut_out, read_tensor
 from converters.formats.packing import Round
 from converters.packed import IN, OUT, WHOLE, array_rule
 from pallas_kernels.devices import DEVICES
@@ -86,6 +86,19 @@ def place(step: Step, parameter: jax.Array, lies: NamedSharding, mesh: Mesh) -> 
         host = host.astype(np.float32)
     moved = jax.device_put(host, _source_sharding(layout, mesh))
     return _write(parameter, moved, np.array(step.start, np.int32), layout, lies)
+
+
+def place_scale(step: ScaleStep, parameter: jax.Array, lies: NamedSharding) -> jax.Array:
+    """`parameter` with the step's scales in it; `parameter` itself is used up."""
+    scale_K = step.settle(None if step.tensor is None else read_tensor(step.tensor))
+    return _write_scale(parameter, scale_K, np.array(step.start, np.int32), lies)
+
+
+@partial(jax.jit, static_argnames="lies", donate_argnames="parameter")
+def _write_scale(
+    parameter: jax.Array, scale_K: jax.Array, start: jax.Array, lies: NamedSharding
+) -> jax.Array:
+    return _put(parameter, scale_K[None], start, lies)
 
 
 def _source_sharding(layout: Layout, mesh: Mesh) -> NamedSharding:

@@ -21,11 +21,13 @@ from converters import (
     Checkpoint,
     PackedStep,
     Rule,
+    ScaleStep,
     Step,
     open_checkpoint,
     parameter_rules,
     weight_forms,
 )
+from converters.errors import listing
 from converters.formats.packing import OnLoad
 from pallas_kernels.devices import Device
 from xlinfer import placing
@@ -109,6 +111,7 @@ def load_model(
     for prefix, tensors, nbytes in checkpoint.left_out:
         logger.warning("%s: left out %s: %d tensors, %d bytes", path, prefix, tensors, nbytes)
     _say_what_becomes_floats(checkpoint.path, steps, forms, kept)
+    _tell_of_scales(checkpoint, steps)
     arrays = _stream(steps, targets, mesh, progress or _silent, in_flight_bytes)
     filled = [(path, param.replace(arrays[path])) for path, param in flat]
     return nnx.merge(graph, nnx.from_flat_state(filled))
@@ -199,6 +202,20 @@ def _say_what_becomes_floats(
         logger.warning("%s: %s is kept in %s: %s", path, ".".join(map(str, target)), dtype, why)
 
 
+def _tell_of_scales(checkpoint: Checkpoint, steps: tuple[AnyStep, ...]) -> None:
+    """What of its scales the file lacks, and what of them has no use."""
+    if names := checkpoint.unused_scales:
+        logger.warning(
+            "%s: left out %s: attention multiplies floats, not fp8", checkpoint.path, listing(names)
+        )
+    scales = [step for step in steps if isinstance(step, ScaleStep)]
+    if absent := sum(step.tensor is None for step in scales):
+        logger.warning(
+            "%s: %d of %d scales of the KV cache are missing: they are 1.0", checkpoint.path,
+            absent, len(scales),
+        )  # fmt: skip
+
+
 def _stream(
     steps: tuple[AnyStep, ...],
     targets: Mapping[tuple, Any],
@@ -220,6 +237,8 @@ def _stream(
             case Step():
                 lies = targets[path].sharding
                 arrays[path] = placing.place(step, arrays[path], lies, mesh)
+            case ScaleStep():
+                arrays[path] = placing.place_scale(step, arrays[path], targets[path].sharding)
             case PackedStep():
                 arrays[path] = placing.place_packed(step, arrays[path], targets[path], mesh)
         in_flight += step.nbytes

@@ -245,7 +245,7 @@ def read_compressed_tensors(where: str, values: Mapping[str, Any]) -> Compressed
                 f"{where}: {name!r} asks for what xlinfer does not compute: {values[name]}"
             )
     groups = values.get("config_groups")
-    if not isinstance(groups, dict) or not groups:
+    if not isinstance(groups, dict) or not (groups or values.get("kv_cache_scheme")):
         raise CheckpointError(f"{where}: 'config_groups' must name at least one group")
     status = values.get("quantization_status", "compressed")
     if status not in ("compressed", "frozen"):

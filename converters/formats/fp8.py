@@ -41,7 +41,7 @@ Kind = Literal["block", "tensor", "channel", "nvfp4"]
 class Fp8:
     where: str
     name: str
-    kind: Kind
+    kind: Kind | None  # None: weights are floats, the KV cache alone is not
     static: bool
     scale: str  # the suffixes of the scales
     input_scale: str
@@ -50,7 +50,7 @@ class Fp8:
 
     def packing(self, matrix: Matrix) -> Packing | None:
         module = matrix.module
-        if any(covers(pattern, module) for pattern in self.listed):
+        if self.kind is None or any(covers(pattern, module) for pattern in self.listed):
             return None
         N, K = matrix.two_axes(self.where, self.name)
         if self.kind == "nvfp4":
@@ -87,7 +87,7 @@ class Fp8:
 
 KNOWN = {
     "fp8": "activation_scheme fmt quant_method weight_block_size modules_to_not_convert dequantize "
-    "scale_fmt ignored_layers weight_per_tensor",
+    "scale_fmt ignored_layers weight_per_tensor kv_cache_scheme",
     "fbgemm_fp8": "quant_method activation_scale_ub modules_to_not_convert",
     "modelopt": "quant_method quant_algo kv_cache_quant_algo exclude_modules ignore producer "
     "config_groups kv_cache_scheme group_size quantization",
@@ -133,13 +133,14 @@ def read_modelopt(where: str, values: Mapping[str, Any]) -> Fp8:
     check_known(where, "modelopt", values, KNOWN["modelopt"].split())
     kinds: Mapping[Any, Kind] = {"FP8": "tensor", "NVFP4": "nvfp4"}
     algorithm = values.get("quant_algo")
-    if algorithm not in kinds:
+    only_cache = algorithm is None and values.get("kv_cache_quant_algo") is not None
+    if algorithm not in kinds and not only_cache:
         raise CheckpointError(
             f"{where}: 'quant_algo' is {algorithm!r}; xlinfer reads {', '.join(kinds)}"
         )
     name = "exclude_modules" if values.get("exclude_modules") is not None else "ignore"
     return Fp8(
-        where=where, name="modelopt", kind=kinds[algorithm], static=algorithm == "FP8",
+        where=where, name="modelopt", kind=kinds.get(algorithm), static=algorithm == "FP8",
         scale=".weight_scale", input_scale=".input_scale",
         listed=_listed(where, values, name),
     )  # fmt: skip

@@ -146,3 +146,71 @@ def test_a_dtype_that_is_not_kept_is_refused(llama, asked, says):
 def test_a_kernel_that_does_not_run_here_is_refused_by_name(llama):
     with pytest.raises(ValueError, match="mosaic_gpu"):
         Engine(llama, **TIGHT, kv_cache_dtype="fp8", attention_impl="mosaic_gpu")
+
+
+# Per layer, for k and for v: far from 1, and from each other.
+K_SCALES, V_SCALES = (0.004, 0.3), (0.05, 0.0011)
+CT = {
+    "quantization_config": {
+        "quant_method": "compressed-tensors",
+        "config_groups": {},
+        "kv_cache_scheme": {"num_bits": 8, "type": "float", "strategy": "tensor"},
+    }
+}
+
+
+def scaled(folder, k_scales=K_SCALES, v_scales=V_SCALES, **changes):
+    """A checkpoint with those scales in compressed-tensors' names."""
+    cfg = config(**CT | changes)
+    held = tensors(cfg)
+    for layer, (k, v) in enumerate(zip(k_scales, v_scales, strict=True)):
+        at = f"model.layers.{layer}.self_attn"
+        held |= {f"{at}.k_scale": np.array(k, np.float32).reshape(-1)}
+        held |= {f"{at}.v_scale": np.array(v, np.float32).reshape(-1)}
+    return write(folder, cfg, held)
+
+
+def test_the_checkpoints_scales_are_used(tmp_path, caplog):
+    model, prompt = load_model(scaled(tmp_path)), prompt_of(21, vocab=64)
+    with caplog.at_level(logging.INFO, logger="xlinfer.engine"):
+        engine = Engine(model, **TIGHT)  # auto
+    assert "KV cache: float8_e4m3fn by the model's scales" in caplog.text
+    assert not [r for r in caplog.records if r.levelname == "WARNING"]
+    want = emulated(model, prompt)
+    same(answer(engine, prompt), want)
+    hit = run(engine, [request("hit", prompt, SamplingParams(temperature=0, max_tokens=TOKENS))])
+    assert hit["hit"].num_cached_tokens == 20 and hit["hit"].token_ids == want[0]
+
+    def unscaled(*arrays, kv_scales, **options):
+        return dense(*arrays, kv_scales=None, **options)
+
+    ignored = emulated(model, np.array([*prompt, *want[0]]), unscaled)[1]
+    shown = np.abs(ignored[: len(want[1])] - want[1]).max()
+    assert shown > 100 * ATOL, "the scales do not show"
+
+
+def test_scales_of_each_head_on_several_devices(tmp_path):
+    by_head = np.array([[[[0.004]], [[0.5]]], [[[0.3]], [[0.02]]]])
+    folder, prompt = scaled(tmp_path, by_head, by_head[::-1, ::-1]), prompt_of(13, vocab=64)
+    model = load_model(folder)
+    np.testing.assert_allclose(model.layers[0].attn.k_scale_K[...], by_head[:, :, 0, 0])
+    want = emulated(model, prompt)
+    same(answer(Engine(model, **TIGHT), prompt), want)
+    for devices in (2, 4):  # with 4 the two kv heads are repeated
+        mesh = make_mesh(devices)
+        same(answer(Engine(load_model(folder, mesh=mesh), mesh=mesh, **TIGHT), prompt), want)
+
+
+def test_a_float_cache_leaves_the_scales_out_and_says_so(tmp_path, caplog):
+    prompt = prompt_of(9, vocab=64)
+    plain = tensors(cfg := config())
+    want = answer(Engine(load_model(write(tmp_path / "plain", cfg, plain)), **TIGHT), prompt)
+    engine = Engine(load_model(scaled(tmp_path / "scaled")), **TIGHT, kv_cache_dtype="float32")
+    same(answer(engine, prompt), want)
+    assert "KV cache is float32: the model's k_scale and v_scale are not used" in caplog.text
+
+
+def test_without_scales_a_warning_says_that_they_are_1(llama, caplog):
+    Engine(llama, **TIGHT, num_pages=20, deterministic=True, kv_cache_dtype="fp8")
+    (record,) = [r for r in caplog.records if r.levelname == "WARNING"]
+    assert "no k_scale and v_scale: they are 1.0" in record.getMessage()

@@ -115,6 +115,7 @@ def start(job: Job, name: str) -> dict[str, Any]:
             vocab_size=opened.manifest["facts"]["vocab_size"],
             attention_impl=opened.manifest["attention_impl"],
             kv_cache_dtype=opened.manifest["kv_cache_dtype"],
+            kv_scales=opened.manifest["facts"]["kv_scales"],
         )  # fmt: skip
         engine = Engine.of(ready, enable_prefix_caching=False)
     else:

@@ -27,6 +27,7 @@ from xlinfer.engine.runner import InFlight, Runner
 from xlinfer.engine.scheduler import Scheduler
 from xlinfer.engine.sequence import Sequence
 from xlinfer.engine.slots import check_request, stop_ids
+from xlinfer.kvcache import FP8
 from xlinfer.mesh import device_of, make_mesh
 from xlinfer.plan import Plan
 from xlinfer.progress import Progress
@@ -49,6 +50,7 @@ class Ready:
     vocab_size: int
     attention_impl: Impl
     kv_cache_dtype: str
+    kv_scales: bool  # among the parameters
 
 
 class Engine:
@@ -69,7 +71,8 @@ class Engine:
       deterministic: one program for every token, so a request's bits do not depend on load.
       attention_impl: of pallas_kernels.paged_attention; by default what that op chooses for the
         device.
-      kv_cache_dtype: of xlinfer.kvcache.CACHE_DTYPES; by default the activations'.
+      kv_cache_dtype: of xlinfer.kvcache.CACHE_DTYPES; by default the activations', or fp8 where the
+        model has scales for it.
       seed: for requests that name none.
       kept: where compiled programs are looked for and left.
       progress: called as progress("compile", done, total).
@@ -125,6 +128,7 @@ class Engine:
             vocab_size=facts.vocab_size,
             attention_impl=deployment.spec.impl,
             kv_cache_dtype=jnp.dtype(deployment.spec.dtype).name,
+            kv_scales=facts.kv_scales,
         )
         self._start(compiled, enable_prefix_caching, seed)
 
@@ -138,7 +142,7 @@ class Engine:
     def _start(self, ready: Ready, enable_prefix_caching: bool, seed: int) -> None:
         self.plan, self.vocab_size = ready.plan, ready.vocab_size
         self.attention_impl, self.kv_cache_dtype = ready.attention_impl, ready.kv_cache_dtype
-        logger.info("attention: %s, KV cache: %s", self.attention_impl, self.kv_cache_dtype)
+        _tell_of_cache(ready)
         self._paths = ready.paths
         self._runner = Runner(
             ready.params, ready.executables, self.plan, ready.mesh,
@@ -243,6 +247,20 @@ class Engine:
         for seq in self._outputs.receive(done, self._scheduler):
             self._scheduler.finish(seq)
             del self._sequences[seq.request.request_id]
+
+
+def _tell_of_cache(ready: Ready) -> None:
+    is_fp8 = ready.kv_cache_dtype == FP8.name
+    by = " by the model's scales" if is_fp8 and ready.kv_scales else ""
+    logger.info("attention: %s, KV cache: %s%s", ready.attention_impl, ready.kv_cache_dtype, by)
+    if is_fp8 and not ready.kv_scales:
+        logger.warning(
+            "the KV cache is fp8, and the model has no k_scale and v_scale: they are 1.0"
+        )
+    if ready.kv_scales and not is_fp8:
+        logger.warning(
+            "the KV cache is %s: the model's k_scale and v_scale are not used", ready.kv_cache_dtype
+        )
 
 
 def _finish(in_flight: deque[InFlight]) -> None:

@@ -101,7 +101,9 @@ def _whole_rows(device: Device, mesh: AnyMesh | None, lengths_B, *, causal: bool
     def attend(
         q_BTNH, k_BTKH, v_BTKH, kv: KV, *,
         layer, window, scale, softcap=None, sinks_N=None, alibi_N=None, distance_bias_NX=None,
+        kv_scales=None,
     ):  # fmt: skip
+        del kv_scales  # of a cache
         constant = isinstance(window, int)
         if constant and window >= q_BTNH.shape[1]:
             window = None

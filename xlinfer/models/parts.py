@@ -14,7 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from xlinfer.config import Activation, ClampedSwiGLU, ModelConfig
-from xlinfer.kvcache import KV, Attend
+from xlinfer.kvcache import KV, Attend, Scales
 from xlinfer.models.rope import Angles, rotate
 from xlinfer.quant import QTensor, product
 
@@ -51,6 +51,11 @@ def matrix(rngs: nnx.Rngs, dtype, axes: tuple[str, str], inputs: int, outputs: i
 
 def bias(dtype, axes: tuple[str, ...], *shape: int) -> nnx.Param:
     return nnx.Param(jnp.zeros(shape, dtype), logical_axes=axes)
+
+
+def kv_scale(num_kv_heads: int) -> nnx.Param:
+    """Float32 whatever the weights are: what is rounded by it is compared to the last bit."""
+    return nnx.Param(jnp.ones(num_kv_heads, jnp.float32), logical_axes=("kv_heads",))
 
 
 class RMSNorm(nnx.Module):
@@ -123,6 +128,9 @@ class Attention(nnx.Module):
             self.k_norm = rms_norm(cfg, K * H, "kv_heads", dtype)
         if cfg.sinks:
             self.sinks_N = bias(dtype, ("heads",), N)
+        if cfg.kv_scales:
+            self.k_scale_K = kv_scale(K)
+            self.v_scale_K = kv_scale(K)
         self.cfg = cfg
 
     def __call__(self, x_BTD, angles: Angles | None, attend: Attend, kv: KV, *, layer, window):
@@ -141,6 +149,7 @@ class Attention(nnx.Module):
             softcap=cfg.attention_softcap,
             sinks_N=self.sinks_N[...].astype(jnp.float32) if cfg.sinks else None,
             alibi_N=self._slopes(),
+            kv_scales=Scales(self.k_scale_K[...], self.v_scale_K[...]) if cfg.kv_scales else None,
         )  # fmt: skip
         return self.output(o_BTNH), kv
 

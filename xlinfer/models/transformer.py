@@ -67,7 +67,7 @@ class Transformer(nnx.Module):
         self.cfg, self.device, self.mesh = cfg, device, mesh
         self.vocab_size, self.num_layers = cfg.vocab_size, cfg.num_layers
         self.num_heads, self.num_kv_heads = cfg.num_heads, cfg.num_kv_heads
-        self.head_dim = cfg.head_dim
+        self.head_dim, self.kv_scales = cfg.head_dim, cfg.kv_scales
         self.max_position_embeddings = cfg.max_position_embeddings
         self.latents = None
         if cfg.mla is not None:

@@ -162,6 +162,7 @@ def from_artifact(options: EngineOptions, progress: Progress) -> Built:
         vocab_size=opened.manifest["facts"]["vocab_size"],
         attention_impl=opened.manifest["attention_impl"],
         kv_cache_dtype=opened.manifest["kv_cache_dtype"],
+        kv_scales=opened.manifest["facts"]["kv_scales"],
     )
     engine = Engine.of(
         ready, enable_prefix_caching=options.enable_prefix_caching, seed=options.seed
