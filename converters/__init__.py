@@ -87,12 +87,15 @@ class Checkpoint:
         tensors = read_folder(self.path)
         return text_tensors(tensors) if self.is_part else (tensors, ())
 
-    def schedule(self, kv_replicas: int = 1, scheme: Scheme | None = None) -> tuple[AnyStep, ...]:
+    def schedule(
+        self, kv_replicas: int = 1, scheme: Scheme | None = None, *, compare_copies: bool = True
+    ) -> tuple[AnyStep, ...]:
         """Every tensor with its place among the parameters, in the order of files and bytes;
         by `scheme`, or the checkpoint's own where None.
 
         Raises CheckpointError unless each tensor has one place, each parameter its tensors, and
-        all shapes and dtypes fit; and when a copy, such as a tied head, is there and is none.
+        all shapes and dtypes fit; and when a copy, such as a tied head, is there and is none, which
+        alone takes more than headers: it is not read unless `compare_copies`.
         """
         family, tensors = FAMILIES[self.config.model_type], self.tensors
         if not any(name.startswith(family.prefix) for name in tensors):
@@ -105,7 +108,7 @@ class Checkpoint:
         placed = {name for rule in rules for name in rule.sources}
         copies = {name: of for name, of in family.copies.items() if name not in placed}
         for name, original in copies.items():
-            if name in tensors and original in tensors:
+            if compare_copies and name in tensors and original in tensors:
                 self._check_copy(tensors[name], tensors[original])
         self._check_listed(rules, tensors)
         return schedule(
