@@ -18,11 +18,15 @@ from converters.rules import Rule
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """Write `tensor` into `rule`'s parameter, from index `start` on."""
+    """Write `tensor` into `rule`'s parameter, where source number `source` belongs."""
 
     tensor: TensorInfo
     rule: Rule
-    start: tuple[int, ...]
+    source: int
+
+    @property
+    def start(self) -> tuple[int, ...]:
+        return self.rule.starts[self.source]
 
     @property
     def nbytes(self) -> int:
@@ -125,7 +129,7 @@ def schedule(
                 elif not part.optional:
                     faults.missing.append(name)
             if packing is None and "weight" in found:
-                steps.append(Step(tensor=found["weight"], rule=rule, start=rule.starts[i]))
+                steps.append(Step(tensor=found["weight"], rule=rule, source=i))
             elif packing is not None and found:
                 assert scheme is not None
                 step = PackedStep(

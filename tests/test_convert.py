@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from converters import CheckpointError, open_checkpoint
-from tests.checkpoints import GOLDENS, config, tensors, write
+from tests.checkpoints import GOLDENS, QUANTIZED_GOLDENS, config, tensors, write
 from tests.test_weights import parameters
 from xlinfer.convert import main
 from xlinfer.converted import save_converted
@@ -183,6 +183,12 @@ def test_help_and_no_traceback():
 def test_a_gguf_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="is a GGUF, which has no"):
         save_converted(load_model(GOLDENS / "llama"), GOLDENS / "gguf-q4_0", tmp_path / "out")
+
+
+def test_a_quantized_one_is_refused(tmp_path, capsys):
+    source = QUANTIZED_GOLDENS / "gptq-v1-sym-g32"
+    err = fails(capsys, 1, f"--model={source}", f"--output={tmp_path / 'out'}")
+    assert "is quantized (gptq); only float weights are converted" in err
 
 
 def test_other_versions_are_refused(damaged):

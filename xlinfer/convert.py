@@ -25,7 +25,7 @@ FAILED, MISUSED = 1, 2  # exit codes
 def convert(model: str, output: str, dtype: str, *, text_only: bool) -> Manifest:
     """Write the checkpoint `model`, converted, into the new directory `output`."""
     checkpoint = open_checkpoint(model, text_only=text_only)
-    refuse_output(checkpoint.path, Path(output).expanduser())
+    refuse_output(checkpoint, Path(output).expanduser())
     kept = stored_dtype(checkpoint) if dtype == "auto" else dtype
     with show_progress() as progress:
         cpu = make_mesh(1, jax.devices("cpu"))

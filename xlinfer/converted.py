@@ -119,7 +119,7 @@ def save_converted(
 
     checkpoint = open_checkpoint(source, text_only=text_only)
     directory = Path(directory).expanduser().absolute()
-    refuse_output(checkpoint.path, directory)
+    refuse_output(checkpoint, directory)
     if model.cfg != checkpoint.config:
         raise CheckpointError(
             f"the model's config is not that of {checkpoint.path}; save one that was loaded from "
@@ -161,8 +161,9 @@ def copy_beside(checkpoint: Checkpoint, directory: Path) -> None:
         (directory / "config.json").write_text(json.dumps(checkpoint.document, indent=2) + "\n")
 
 
-def refuse_output(source: Path, directory: Path) -> None:
-    """Raise CheckpointError unless `source` may be converted into `directory`."""
+def refuse_output(checkpoint: Checkpoint, directory: Path) -> None:
+    """Raise CheckpointError unless `checkpoint` may be converted into `directory`."""
+    source = checkpoint.path
     if source.is_file():
         raise CheckpointError(
             f"{source} is a GGUF, which has no config.json to keep beside the parameters; convert "
@@ -170,6 +171,11 @@ def refuse_output(source: Path, directory: Path) -> None:
         )
     if is_converted(source):
         raise CheckpointError(f"{source} is converted already; convert its source")
+    if checkpoint.scheme is not None:
+        raise CheckpointError(
+            f"{source} is quantized ({checkpoint.scheme.name}); only float weights are converted. "
+            "It is loaded as it is, packed."
+        )
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise CheckpointError(f"{directory} is not empty; give a new directory")
 
