@@ -51,7 +51,7 @@ def report(path: str | Path, *, text_only: bool = False) -> Report:
     config, refused, roles = checkpoint.config, None, {}
     tensors = _try(lambda: checkpoint.tensors) or {}
     try:
-        roles = _roles(checkpoint)
+        roles = roles_of(checkpoint)
     except CheckpointError as error:
         refused = str(error)
     return {
@@ -64,7 +64,7 @@ def report(path: str | Path, *, text_only: bool = False) -> Report:
             k: v for k, v in asdict(checkpoint.generation).items() if v not in (None, ())
         },
         "groups": _groups(tensors.values(), roles),
-        "ignored": [] if refused else _ignored(checkpoint, tensors, roles),
+        "ignored": [] if refused else ignored(checkpoint, tensors, roles),
         "refused": refused,
     }
 
@@ -160,7 +160,7 @@ def ranges(numbers: Iterable[int]) -> str:
     return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in runs)
 
 
-def _roles(checkpoint: Checkpoint) -> dict[str, dict[str, str | None]]:
+def roles_of(checkpoint: Checkpoint) -> dict[str, dict[str, str | None]]:
     """By tensor: the parameters that are made of it, and the form of each; None: floats. Raises
     CheckpointError for a checkpoint that cannot be loaded."""
     config = checkpoint.config
@@ -232,7 +232,7 @@ def _tied(checkpoint: Checkpoint, tensors: Mapping[str, TensorInfo]) -> str:
     return "the embedding" + (", and a copy of it is stored" if copies.keys() & tensors else "")
 
 
-def _ignored(
+def ignored(
     checkpoint: Checkpoint, tensors: Mapping[str, TensorInfo], roles: Mapping[str, Any]
 ) -> list[Report]:
     """What is stored and not read, by why. All tensors have a place that can be ignored."""

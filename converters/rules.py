@@ -237,3 +237,18 @@ def cut_out(source: np.ndarray, rule: Rule) -> np.ndarray:
     part = source.reshape(cut.view)[index]
     sizes = iter(rule.layout.sizes)
     return part.reshape([math.prod(next(sizes) for _ in g) for g in rule.layout.source_axes])
+
+
+def put_back(source: np.ndarray, value: np.ndarray, rule: Rule) -> None:
+    """Write into `source` what `rule` takes of it, given as it lies in the target: `value`, of the
+    layout's slot. The inverse of what loading does; kv heads must not be repeated."""
+    if (cut := rule.cut) is not None:
+        source = source.reshape(cut.view)  # of a whole tensor, so a view
+        source = source[(slice(None),) * cut.axis + (slice(cut.start, cut.stop),)]
+    layout = rule.layout
+    letters = [letter for group in layout.source_axes for letter in group]
+    order = [letter for group in layout.target_axes for letter in group]
+    sizes = dict(zip(letters, layout.sizes, strict=True))
+    opened = value.reshape([sizes[letter] for letter in order])
+    moved = opened.transpose([order.index(letter) for letter in letters])
+    source[...] = moved.reshape(source.shape)

@@ -10,12 +10,14 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 
 from converters import Checkpoint, CheckpointError, open_checkpoint
@@ -86,15 +88,8 @@ def read_parameters(
     """
     import orbax.checkpoint as ocp
 
-    held = {name: tuple(p["shape"]) for name, p in read_manifest(folder).parameters.items()}
-    names = {path: ".".join(map(str, path)) for path in targets}
-    asked = {names[path]: target.shape for path, target in targets.items()}
-    wrong = sorted(name for name in {*held, *asked} if held.get(name) != asked.get(name))
-    if wrong:
-        raise CheckpointError(
-            f"{folder}: its parameters are not those of its config.json: "
-            + listing([f"{n} is {held.get(n)}, should be {asked.get(n)}" for n in wrong])
-        )
+    check_parameters(folder, {path: target.shape for path, target in targets.items()})
+    names = {path: _dotted(path) for path in targets}
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             arrays = checkpointer.restore(
@@ -103,6 +98,39 @@ def read_parameters(
     except (ValueError, KeyError, OSError) as error:
         raise CheckpointError(f"{folder}: its parameters cannot be read: {error}") from None
     return {path: arrays[name] for path, name in names.items()}
+
+
+def read_one(folder: Path, path: tuple[str | int, ...]) -> np.ndarray:
+    """One of the arrays, as it was written. Raises CheckpointError where it is damaged."""
+    import orbax.checkpoint as ocp
+
+    name = _dotted(path)
+    try:
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            asked = ocp.args.PyTreeRestore(
+                item={name: 0},
+                restore_args={name: ocp.RestoreArgs(restore_type=np.ndarray)},
+                partial_restore=True,
+            )
+            return checkpointer.restore((folder / PARAMETERS).absolute(), args=asked)[name]
+    except (ValueError, KeyError, OSError) as error:
+        raise CheckpointError(f"{folder}: its parameter {name} cannot be read: {error}") from None
+
+
+def check_parameters(folder: Path, shapes: Mapping[tuple, tuple[int, ...]]) -> None:
+    """Raise CheckpointError unless the folder holds the parameters at `shapes`' paths alone."""
+    held = {name: tuple(p["shape"]) for name, p in read_manifest(folder).parameters.items()}
+    asked = {_dotted(path): shape for path, shape in shapes.items()}
+    wrong = sorted(name for name in {*held, *asked} if held.get(name) != asked.get(name))
+    if wrong:
+        raise CheckpointError(
+            f"{folder}: its parameters are not those of its config.json: "
+            + listing([f"{n} is {held.get(n)}, should be {asked.get(n)}" for n in wrong])
+        )
+
+
+def _dotted(path: Sequence[Any]) -> str:
+    return ".".join(map(str, path))
 
 
 def save_converted(
@@ -119,6 +147,7 @@ def save_converted(
 
     checkpoint = open_checkpoint(source, text_only=text_only)
     directory = Path(directory).expanduser().absolute()
+    refuse_converted(checkpoint)
     refuse_output(checkpoint, directory)
     if model.cfg != checkpoint.config:
         raise CheckpointError(
@@ -126,7 +155,7 @@ def save_converted(
             "there without repeated kv heads (a mesh of at most num_key_value_heads devices)"
         )
     flat = nnx.to_flat_state(nnx.state(model))
-    arrays = {".".join(map(str, path)): param.get_value() for path, param in flat}
+    arrays = {_dotted(path): param.get_value() for path, param in flat}
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         dtype=model.embed_VD.get_value().dtype.name,
@@ -136,19 +165,26 @@ def save_converted(
         },
         source_sha256=_digests(checkpoint.path),
     )
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
-    try:
+    with new_directory(directory) as draft:
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(draft / PARAMETERS, arrays)
         copy_beside(checkpoint, draft)
         (draft / MANIFEST).write_text(json.dumps(asdict(manifest), indent=1) + "\n")
+    return manifest
+
+
+@contextmanager
+def new_directory(directory: Path) -> Iterator[Path]:
+    """A draft to fill, which becomes `directory` at the end of the block, or is removed."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    try:
+        yield draft
         draft.chmod(0o755)  # mkdtemp's own is for the owner alone
         draft.rename(directory)  # atomic, and refuses a directory that has been filled meanwhile
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
         raise
-    return manifest
 
 
 def copy_beside(checkpoint: Checkpoint, directory: Path) -> None:
@@ -161,20 +197,25 @@ def copy_beside(checkpoint: Checkpoint, directory: Path) -> None:
         (directory / "config.json").write_text(json.dumps(checkpoint.document, indent=2) + "\n")
 
 
+def refuse_converted(checkpoint: Checkpoint) -> None:
+    if is_converted(checkpoint.path):
+        raise CheckpointError(
+            f"{checkpoint.path} is converted already; convert its source, or --to=hf"
+        )
+
+
 def refuse_output(checkpoint: Checkpoint, directory: Path) -> None:
-    """Raise CheckpointError unless `checkpoint` may be converted into `directory`."""
+    """Raise CheckpointError for what is converted neither way, and for a full `directory`."""
     source = checkpoint.path
     if source.is_file():
         raise CheckpointError(
             f"{source} is a GGUF, which has no config.json to keep beside the parameters; convert "
             "the checkpoint that it was made of"
         )
-    if is_converted(source):
-        raise CheckpointError(f"{source} is converted already; convert its source")
     if checkpoint.scheme is not None:
         raise CheckpointError(
             f"{source} is quantized ({checkpoint.scheme.name}); only float weights are converted. "
-            "It is loaded as it is, packed."
+            "It is loaded as it is, packed; to have it elsewhere, copy its folder."
         )
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise CheckpointError(f"{directory} is not empty; give a new directory")

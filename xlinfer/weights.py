@@ -146,7 +146,7 @@ def stored_dtype(checkpoint: Checkpoint) -> np.dtype:
     if is_converted(checkpoint.path):
         return _named(read_manifest(checkpoint.path).dtype)
     sizes = Counter[np.dtype]()
-    for step in checkpoint.schedule():
+    for step in checkpoint.schedule(compare_copies=False):
         if isinstance(step, Step):
             sizes[step.tensor.dtype] += step.nbytes
     dtype = sizes.most_common(1)[0][0]
@@ -175,6 +175,14 @@ def _silent(phase: str, done: int, total: int) -> None:
 def _target(abstract: jax.ShapeDtypeStruct, axes: tuple, mesh: Mesh) -> jax.ShapeDtypeStruct:
     lies = sharding(mesh, axes, abstract.shape)
     return jax.ShapeDtypeStruct(abstract.shape, abstract.dtype, sharding=lies)
+
+
+def check_table(config: ModelConfig) -> None:
+    """Raise ValueError unless the family's table makes every parameter of the module once."""
+    mesh = make_mesh(1, jax.devices("cpu"))
+    model = abstract_model(config, DTYPES["float32"], mesh, device_of(mesh))
+    targets = {path: p.get_value() for path, p in nnx.to_flat_state(nnx.state(model))}
+    _check_rules(parameter_rules(config), targets, config)
 
 
 def _check_rules(rules: tuple[Rule, ...], targets: Mapping, config: ModelConfig) -> None:
