@@ -79,6 +79,8 @@ def form_of_rule(rule: Rule, held: Mapping[str, Packing], where: str) -> Form | 
     # and up may have one each.
     if form.scales == "tensor" and (EXPERTS in rule.axes or rule.cut):
         form = replace(form, scales="channel", input_scale=False)
+    if EXPERTS in rule.axes:
+        form = replace(form, input_scale=False)
     rounds = all(isinstance(packing.code, Round) for packing in held.values())
     if form.scales == "block" and not _keeps_blocks(rule, rounds):
         inputs = matrix_of(rule, first).shape[-1]

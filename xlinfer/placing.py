@@ -14,7 +14,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from converters import Cut, Layout, PackedStep, Rule, ScaleStep, Step, cut_out, read_tensor
+from converters import (
+    CheckpointError,
+    Cut,
+    Layout,
+    PackedStep,
+    Rule,
+    ScaleStep,
+    Step,
+    cut_out,
+    read_tensor,
+)
 from converters.formats.packing import Round
 from converters.packed import IN, OUT, WHOLE, array_rule
 from pallas_kernels.devices import DEVICES
@@ -24,6 +34,7 @@ from xlinfer.quant import ARRAYS, QTensor, array_axes, dequantize
 from xlinfer.quantize import ROUNDED
 from xlinfer.unpack import Unpacked, unpack
 
+Orders = dict[tuple, tuple[str, np.ndarray]]
 Held = dict[str, jax.Array]  # the arrays of a QTensor, by name
 Way = tuple[Layout, Cut | None]  # from a source to its place
 # The letters of converters.rules -> logical axes of mesh.RULES.
@@ -141,10 +152,11 @@ def _put(parameter: jax.Array, value: jax.Array, start: jax.Array, lies: NamedSh
 
 
 def place_packed(
-    step: PackedStep, parameter: QTensor | jax.Array, target: Any, mesh: Mesh
+    step: PackedStep, parameter: QTensor | jax.Array, target: Any, mesh: Mesh, orders: Orders
 ) -> QTensor | jax.Array:
     """`place` for a matrix of a quantized format; `target` is the QTensor, or array, of
-    ShapeDtypeStructs that `parameter` is to be."""
+    ShapeDtypeStructs that `parameter` is to be. `orders` are those of the inputs so far, by their
+    places. Raises CheckpointError where one place gets two."""
     host = {role: read_tensor(tensor) for role, tensor in step.tensors.items()}
     code, host = step.settle(host)
     moved = {role: jax.device_put(x, _split_somewhere(x, mesh)) for role, x in host.items()}
@@ -157,6 +169,14 @@ def place_packed(
     arrays = {name: x for name in ARRAYS if (x := getattr(parameter, name)) is not None}
     rules = array_rules(step.rule, form, step.matrix.shape[-1])
     starts = {name: np.array(r.starts[step.source], np.int32) for name, r in rules.items()}
+    if "order" in host:
+        place = (step.rule.target, rules["order_K"].starts[step.source])
+        first, order = orders.setdefault(place, (step.matrix.module, host["order"]))
+        if not np.array_equal(order, host["order"]):
+            raise CheckpointError(
+                f"{step.matrix.module} and {first} are one parameter, and their g_idx differ; they "
+                "have the same inputs, so they must be reordered alike"
+            )
     ways = tuple((name, (rule.layout, rule.cut)) for name, rule in rules.items())
     lies = tuple((name, getattr(target, name).sharding) for name in arrays)
     if isinstance(code, Round):

@@ -11,9 +11,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, UInt32
 
-from converters.formats import awq
+from converters.formats import awq, gptq
 from converters.formats.awq import AwqCode
 from converters.formats.bitsandbytes import BLOCK, NESTED, Bits4Code, Bits8Code
 from converters.formats.compressed_tensors import Fp4Code, PackedCode, PlainCode
@@ -65,9 +66,12 @@ def _gptq(code: GptqCode, parts) -> Unpacked:
     if code.zeros == "symmetric":
         return Unpacked(q_NK - half, scale_NG, order_K=order_K)
     words_GW = _unsigned(parts["qzeros"])
-    if code.zeros == "v1":  # one less in each number, taken word by word and so with borrows
-        words_GW += _ones(bits, words_GW.shape[1])[None]
+    if code.zeros == "v1":
+        less = np.resize(np.array(gptq.LESS[bits], np.uint32), words_GW.shape[1])
+        words_GW += jnp.asarray(less)[None]
     zero_NG = _stream(words_GW, bits, words_GW.shape[1] * 32 // bits).T
+    if code.zeros == "v1, each":
+        zero_NG = (zero_NG + 1) % (1 << bits)
     shift = half if bits == 8 else 0  # int8 holds them less 128
     zero_NG = (zero_NG - shift).astype(jnp.float32)
     return Unpacked(q_NK - shift, scale_NG, zero_NG=zero_NG, order_K=order_K)
@@ -92,10 +96,12 @@ def _packed(code: PackedCode, parts) -> Unpacked:
     (N, K), bits = code.shape, code.bits
     half = 1 << (bits - 1)
     scale_NG, order_K = parts["scale"].astype(jnp.float32), parts.get("order")
-    q_NK = _in_order(_numbers(_unsigned(parts["packed"]), bits, K), order_K)
+    words_NW = _unsigned(parts["packed"])
+    numbers = _stream if words_NW.shape[1] == -(-K * bits // 32) else _word_by_word
+    q_NK = _in_order(numbers(words_NW, bits, K), order_K)
     if code.symmetric:
         return Unpacked(q_NK - half, scale_NG, order_K=order_K)
-    zero_GN = _numbers(_unsigned(parts["zero"].T), bits, N)
+    zero_GN = numbers(_unsigned(parts["zero"].T), bits, N)
     shift = half if bits > 4 else 0  # int8 holds them less half of the range
     zero_NG = (zero_GN.T - shift).astype(jnp.float32)
     return Unpacked(q_NK - shift, scale_NG, zero_NG=zero_NG, order_K=order_K)
@@ -143,7 +149,7 @@ def _bits4(code: Bits4Code, parts) -> Unpacked:
         of_B = parts["nested_absmax"][jnp.arange(absmax_B.size) // NESTED]
         absmax_B = parts["nested_map"][absmax_B.astype(jnp.int32)] * of_B + parts["offset"]
     bytes_ = parts["weight"].astype(jnp.int32)
-    numbers = jnp.stack([bytes_ >> 4, bytes_ & 15], -1).reshape(N, K)
+    numbers = jnp.stack([bytes_ >> 4, bytes_ & 15], -1).reshape(-1)[: N * K].reshape(N, K)
     if K % BLOCK:  # blocks reach over the ends of rows: a scale for each number
         absmax_B = jnp.repeat(absmax_B, BLOCK)[: N * K]
     return Unpacked(numbers, absmax_B.astype(jnp.float32).reshape(N, -1), grid=code.grid)
@@ -156,8 +162,9 @@ def _in_order(q_NK: Array, order_K: Array | None) -> Array:
 
 def _scale(scale: Array) -> Float[Array, "..."]:
     """Of floats, or of bytes that are powers of two (E8M0)."""
-    if scale.dtype == jnp.uint8:
-        return jnp.exp2(scale.astype(jnp.float32) - 127)
+    if scale.dtype == jnp.uint8:  # the exponents of floats, as XLA's exp2 is not exact
+        bits = jnp.maximum(scale.astype(jnp.uint32) << 23, 1 << 22)
+        return jax.lax.bitcast_convert_type(bits, jnp.float32)
     return scale.astype(jnp.float32)
 
 
@@ -165,17 +172,8 @@ def _unsigned(words: Int[Array, "..."]) -> UInt32[Array, "..."]:
     return jax.lax.bitcast_convert_type(words, jnp.uint32)
 
 
-def _ones(bits: int, words: int) -> UInt32[Array, " W"]:
-    """A stream of bits in which every number is 1."""
-    stream = sum(1 << at for at in range(0, 32 * words, bits))
-    return jnp.asarray([(stream >> (32 * w)) & 0xFFFFFFFF for w in range(words)], jnp.uint32)
-
-
-def _numbers(words: UInt32[Array, "R W"], bits: int, count: int) -> Int[Array, "R C"]:
-    """The first `count` numbers of each row: in one stream of bits, or where the row is too long
-    for that, as many as fit in each word."""
-    if words.shape[1] == -(-count * bits // 32):
-        return _stream(words, bits, count)
+def _word_by_word(words: UInt32[Array, "R W"], bits: int, count: int) -> Int[Array, "R C"]:
+    """The first `count` numbers of each row, of which each word has as many as fit."""
     shifts = jnp.arange(32 // bits, dtype=jnp.uint32) * bits
     numbers = (words[..., None] >> shifts[None, None]) & ((1 << bits) - 1)
     return numbers.reshape(words.shape[0], -1)[:, :count].astype(jnp.int32)

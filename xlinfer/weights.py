@@ -213,9 +213,8 @@ def _say_what_becomes_floats(
 def _tell_of_scales(checkpoint: Checkpoint, steps: tuple[AnyStep, ...]) -> None:
     """What of its scales the file lacks, and what of them has no use."""
     if names := checkpoint.unused_scales:
-        logger.warning(
-            "%s: left out %s: attention multiplies floats, not fp8", checkpoint.path, listing(names)
-        )
+        unused = listing(list(names))
+        logger.warning("%s: left out %s: attention multiplies floats", checkpoint.path, unused)
     scales = [step for step in steps if isinstance(step, ScaleStep)]
     if absent := sum(step.tensor is None for step in scales):
         logger.warning(
@@ -235,6 +234,7 @@ def _stream(
     specs = tuple((t.shape, placing.while_loading(t.dtype, mesh), t.sharding) for t in leaves)
     arrays = jax.tree.unflatten(tree, placing.zeros(specs))
     total, done, in_flight = sum(step.nbytes for step in steps), 0, 0
+    orders: placing.Orders = {}
     progress("load", 0, total)
     for step in steps:
         if in_flight and in_flight + step.nbytes > in_flight_bytes:
@@ -248,7 +248,7 @@ def _stream(
             case ScaleStep():
                 arrays[path] = placing.place_scale(step, arrays[path], targets[path].sharding)
             case PackedStep():
-                arrays[path] = placing.place_packed(step, arrays[path], targets[path], mesh)
+                arrays[path] = placing.place_packed(step, arrays[path], targets[path], mesh, orders)
         in_flight += step.nbytes
         done += step.nbytes
         progress("load", done, total)

@@ -76,7 +76,7 @@ class BitsAndBytes:
             form = Form(dtype="int8", scales="channel")
             return Packing(form=form, code=Bits8Code(), parts=parts)
         blocks, size = -(-N * K // BLOCK), np.dtype(_numpy(self.storage)).itemsize
-        numbers = N * K // 2 // size
+        numbers = (N * K + 1) // 2 // size
         scale = "uint8" if self.nested else "float32"
         state = Part(suffix=f".weight.quant_state.{STATE}{self.grid}", shapes=(), dtypes=("uint8",))
         parts = {
@@ -135,7 +135,7 @@ class BitsAndBytes:
 def _state(raw: np.ndarray, where: str) -> Mapping[str, Any]:
     try:
         state = json.loads(raw.tobytes())
-    except ValueError:
+    except (ValueError, RecursionError):
         raise CheckpointError(f"{where}: its quant_state is not JSON") from None
     if not isinstance(state, dict):
         raise CheckpointError(f"{where}: its quant_state is no object")

@@ -8,7 +8,8 @@
     int-quantized    weight int8 [N, K]
     float-quantized  weight e4m3 [N, K]
     nvfp4-pack       weight_packed uint8 [N, K/2], low nibble first; weight_scale e4m3 [N, K/16];
-                     weight_global_scale float32 [1] divides
+                     weight_global_scale float32 [1] divides; input_global_scale is for inputs
+                     that are rounded too, which they are not here
     mxfp4-pack       the same with weight_scale uint8 [N, K/32], powers of two (E8M0)
 
 weight_scale is [N, G] by group, [N, 1] by channel, [1] for all, [N/128, K/128] by block; w = scale
@@ -17,12 +18,13 @@ weight_scale is [N, G] by group, [N, 1] by channel, [1] for all, [N/128, K/128] 
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 
 from converters.errors import CheckpointError
-from converters.formats.gptq import order_of
+from converters.formats.gptq import INDEX, order_of
 from converters.formats.packing import (
     Code,
     Matrix,
@@ -113,16 +115,31 @@ class CompressedTensors:
                 if not (parts[name].astype("float32") > 0).all():
                     raise CheckpointError(f"{where}: its {name} must be above 0")
         if not isinstance(code, PackedCode):
-            return code, parts
+            unused = isinstance(code, Fp4Code)  # its inputs are not rounded
+            return code, {n: x for n, x in parts.items() if not (unused and n == "input_scale")}
         kept = {name: x for name, x in parts.items() if name not in ("shape", "g_idx")}
         if tuple(parts["shape"]) != code.shape:
             raise CheckpointError(
                 f"{where}: its weight_shape is {parts['shape'].tolist()} where the config asks for "
                 f"{list(code.shape)}"
             )
+        if "zero" in parts:
+            _check_zeros(code, parts, where)
         if code.permuted:
             kept["order"] = order_of(parts["g_idx"], code.groups, where)
         return code, kept
+
+
+def _check_zeros(code: PackedCode, parts: Parts, where: str) -> None:
+    """Raise CheckpointError where zeros and numbers lie in words in different ways."""
+    (N, K), bits = code.shape, code.bits
+    dense = parts["packed"].shape[1] == -(-K * bits // 32)
+    words = -(-N * bits // 32) if dense else -(-N // (32 // bits))
+    if parts["zero"].shape[0] != words:
+        raise CheckpointError(
+            f"{where}: its weight_zero_point has {parts['zero'].shape[0]} words for each group; "
+            f"in the layout of its weight_packed they are {words}"
+        )
 
 
 def _means(pattern: str, module: str) -> bool:
@@ -142,8 +159,9 @@ def _packing(where: str, group: Group, matrix: Matrix) -> Packing:
             return _packed(where, group, N, K, K // size)
         case "nvfp4-pack-quantized" | "mxfp4-pack-quantized":
             return fp4_packing(
-                N, K, nv=group.format.startswith("nv"), packed=".weight_packed",
-                global_scale=".weight_global_scale", divides=True,
+                f"{where}: {matrix.module}", N, K, nv=group.format.startswith("nv"),
+                packed=".weight_packed", global_scale=".weight_global_scale",
+                input_scale=".input_global_scale", divides=True,
             )  # fmt: skip
     is_int = group.format == "int-quantized"
     scales: dict[Strategy, tuple[tuple[int, ...], ...]] = {
@@ -190,7 +208,7 @@ def _packed(where: str, group: Group, N: int, K: int, G: int) -> Packing:
         zeros = tuple(dict.fromkeys(((-(-N * bits // 32), G), (-(-N // (32 // bits)), G))))
         parts["zero"] = Part(suffix=".weight_zero_point", shapes=zeros, dtypes=("int32",))
     if group.permuted:
-        parts["g_idx"] = Part(suffix=".weight_g_idx", shapes=((K,),), dtypes=("int32",))
+        parts["g_idx"] = Part(suffix=".weight_g_idx", shapes=((K,),), dtypes=INDEX)
     small = "int4" if group.symmetric else "uint4"
     form = Form(
         dtype=small if bits <= 4 else "int8", scales="group", group=K // G,
@@ -203,19 +221,22 @@ def _packed(where: str, group: Group, N: int, K: int, G: int) -> Packing:
 
 
 def fp4_packing(
-    N: int, K: int, *, nv: bool, packed: str, global_scale: str | None, divides: bool
-) -> Packing:
+    where: str, N: int, K: int, *, nv: bool, packed: str, global_scale: str, input_scale: str,
+    divides: bool,
+) -> Packing:  # fmt: skip
     """NVFP4's tensors, or MXFP4's, by the suffixes that a format has for them."""
     size = 16 if nv else 32
     if K % size:
-        raise CheckpointError(f"{K} inputs do not divide into groups of {size}")
+        raise CheckpointError(f"{where} has {K} inputs, which do not divide into groups of {size}")
     scale = ("float8_e4m3fn",) if nv else ("uint8", "float8_e8m0fnu")
     parts = {
         "packed": Part(suffix=packed, shapes=((N, K // 2),), dtypes=("uint8",)),
         "scale": Part(suffix=".weight_scale", shapes=((N, K // size),), dtypes=scale),
     }
-    if nv and global_scale is not None:
-        parts["global_scale"] = Part(suffix=global_scale, shapes=((1,), ()), dtypes=("float32",))
+    if nv:
+        one = partial(Part, shapes=((1,), ()), dtypes=("float32",))
+        parts["global_scale"] = one(suffix=global_scale)
+        parts["input_scale"] = one(suffix=input_scale, optional=True)
     code = Fp4Code(
         scale="e4m3" if nv else "e8m0",
         global_scale=("divides" if divides else "multiplies") if nv else "none",

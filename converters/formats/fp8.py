@@ -3,10 +3,10 @@
 fp8, by block   weight [N, K], weight_scale_inv [ceil(N/128), ceil(K/128)]: it multiplies, in
                 spite of its name; float32, bfloat16, or powers of two (E8M0)
 fp8, by tensor  weight_scale_inv [] or [1]; static: activation_scale
-fbgemm_fp8      weight_scale [N, 1], or for experts [E, 1, N] beside weights of [E, K, N]
+fbgemm_fp8      weight_scale [N, 1]
 modelopt FP8    weight_scale [] and input_scale []
 modelopt NVFP4  weight uint8 [N, K/2], weight_scale e4m3 [N, K/16], and weight_scale_2, which
-                multiplies
+                multiplies; input_scale
 """
 
 from collections.abc import Mapping
@@ -55,8 +55,9 @@ class Fp8:
         N, K = matrix.two_axes(self.where, self.name)
         if self.kind == "nvfp4":
             return fp4_packing(
-                N, K, nv=True, packed=".weight", global_scale=".weight_scale_2", divides=False
-            )
+                f"{self.where}: {module}", N, K, nv=True, packed=".weight",
+                global_scale=".weight_scale_2", input_scale=".input_scale", divides=False,
+            )  # fmt: skip
         scales: dict[Kind, tuple[tuple[int, ...], ...]] = {
             "block": ((-(-N // FP8_BLOCK), -(-K // FP8_BLOCK)),),
             "tensor": ((), (1,)),
@@ -82,6 +83,8 @@ class Fp8:
                 check_powers(name, kept[name], where)
             else:
                 check_finite(name, parts[name], where)
+        if self.kind == "nvfp4":
+            kept.pop("input_scale", None)  # its inputs are not rounded
         return code, kept
 
 

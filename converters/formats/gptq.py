@@ -7,8 +7,10 @@ For b bits, W = 32/b numbers a word (3 bits: 32 numbers in 3 words, one stream o
     scales   float16 [G, N]
     g_idx    int32 [K]        the group of each input; absent: in order
 
-w = scale * (q - zero). "v1" files hold zero - 1, subtracted word by word, "v2" files zero; what a
-file says of itself is wrong in published ones, so where the zero is known, the data decides.
+w = scale * (q - zero). "v2" files hold zero. "v1" files hold zero - 1: GPTQModel subtracts LESS
+from the words, AutoGPTQ one from each number. That is the same but for zeros of 0, which AutoGPTQ
+cannot hold, and for 3 bits. What a file says of itself is wrong in published ones, so where the
+zero is known, the data decides.
 """
 
 import re
@@ -33,13 +35,22 @@ from xlinfer.forms import Form
 
 BITS = (2, 3, 4, 8)
 SCALES = ("float16", "bfloat16", "float32")
+INDEX = ("int32", "int64")
+# One in each number; of 3 bits for words 0, 1 and 2 of three, where it is one in 1 alone.
+LESS: Mapping[int, tuple[int, ...]] = {
+    2: (0x55555555,),
+    3: (0x24924924, 0x92492492, 0x49249249),
+    4: (0x11111111,),
+    8: (0x01010101,),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class GptqCode:
     bits: int
     groups: int
-    zeros: Literal["v1", "v2", "symmetric"]  # symmetric: all are half of the range, and dropped
+    # "v1, each": one less in each number. symmetric: all are half of the range, and dropped.
+    zeros: Literal["v1", "v1, each", "v2", "symmetric"]
     permuted: bool
 
 
@@ -51,6 +62,7 @@ class Gptq:
     symmetric: bool
     permuted: bool  # desc_act: groups are of inputs that lie apart
     checkpoint_format: Literal["v1", "v2"]  # as the file says
+    gptqmodel: bool  # it wrote the file
     lm_head: bool
     blocks: tuple[str, ...] | None  # the modules of a layer that are quantized; None: all
     dynamic: Mapping[str, Any]  # pattern of modules -> what is different for them
@@ -75,13 +87,15 @@ class Gptq:
             "qweight": Part(suffix=".qweight", shapes=((K * bits // 32, N),), dtypes=("int32",)),
             "qzeros": Part(suffix=".qzeros", shapes=((G, N * bits // 32),), dtypes=("int32",)),
             "scales": Part(suffix=".scales", shapes=((G, N),), dtypes=SCALES),
-            "g_idx": Part(suffix=".g_idx", shapes=((K,),), dtypes=("int32",), optional=True),
+            "g_idx": Part(suffix=".g_idx", shapes=((K,),), dtypes=INDEX, optional=True),
         }
         form = Form(
             dtype="int8" if bits == 8 else "int4" if own.symmetric else "uint4",
             scales="group", group=group, zero=not own.symmetric, permuted=own.permuted,
         )  # fmt: skip
         zeros = "symmetric" if own.symmetric else own.checkpoint_format
+        if zeros == "v1" and bits == 3 and not self.gptqmodel:
+            zeros = "v1, each"
         code = GptqCode(bits=bits, groups=G, zeros=zeros, permuted=own.permuted)
         return Packing(form=form, code=code, parts=parts)
 
@@ -140,8 +154,9 @@ def _check_middle(qzeros: np.ndarray, bits: int, where: str) -> None:
     """Raise CheckpointError unless all zeros are half of the range, as v1 or as v2 has it."""
     words = qzeros.view(np.uint32)
     half = 1 << (bits - 1)
-    stream = lambda value: _repeated(value, bits, words.shape[1])
-    if not any((words == stream(value)[None]).all() for value in (half - 1, half)):
+    v2, each = (_repeated(value, bits, words.shape[1]) for value in (half, half - 1))
+    v1 = v2 - np.resize(np.array(LESS[bits], np.uint32), words.shape[1])
+    if not any((words == row).all() for row in (v2, v1, each)):
         raise CheckpointError(
             f"{where}: sym is true, but its zero points are not all {half} (v2) or {half - 1} "
             f"(v1); the first word is {words.flat[0]:#010x}"
@@ -217,7 +232,10 @@ def read_gptq(where: str, values: Mapping[str, Any]) -> Gptq:
     blocks = values.get("modules_in_block_to_quantize")
     if blocks is not None:  # in lists, of modules that are quantized one after the other
         blocks = tuple(m for b in blocks for m in (b if isinstance(b, list) else [b]))
+    meta = values.get("meta") or {}
     return Gptq(
-        where=where, checkpoint_format=FORMATS[said], lm_head=bool(values.get("lm_head", False)),
-        blocks=blocks, dynamic=values.get("dynamic") or {}, **_choices(where, values),
+        where=where, checkpoint_format=FORMATS[said],
+        gptqmodel="gptqmodel" in str(meta.get("quantizer")),
+        lm_head=bool(values.get("lm_head", False)), blocks=blocks,
+        dynamic=values.get("dynamic") or {}, **_choices(where, values),
     )  # fmt: skip
