@@ -13,7 +13,7 @@ from typing import Any
 from converters import (
     Checkpoint,
     CheckpointError,
-    Step,
+    PackedStep,
     TensorInfo,
     open_checkpoint,
     parameter_rules,
@@ -169,7 +169,7 @@ def roles_of(checkpoint: Checkpoint) -> dict[str, dict[str, str | None]]:
     for step in checkpoint.schedule(compare_copies=False):
         form = forms.get(step.rule.target)
         said = form.describe() if form else None
-        if not isinstance(step, Step) and form is None:
+        if isinstance(step, PackedStep) and form is None:
             said = f"floats: {step.packing.why}" if step.packing.why else "floats"
         name = ".".join(n for n in step.rule.target if isinstance(n, str) and n != STACKED)
         for part, info in step.tensors.items():
