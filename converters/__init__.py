@@ -191,7 +191,7 @@ def open_checkpoint(path: str | Path, *, text_only: bool = False) -> Checkpoint:
             if str(path).count("/") == 1 and not str(path).startswith((".", "/", "~"))
             else ""
         )
-        raise CheckpointError(f"there is no folder {str(path)!r}; xlinfer reads local ones.{hint}")
+        raise CheckpointError(f"there is no folder {str(path)!r}; this reads local ones.{hint}")
     file = folder / "config.json"
     if not file.is_file():
         raise CheckpointError(

@@ -4,6 +4,7 @@ import os
 
 # Tests that need an accelerator say so: JAX_PLATFORMS=cuda,cpu ./run test -m accelerator
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks a network
 
 import hypothesis
 import jax

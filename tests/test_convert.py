@@ -141,7 +141,7 @@ def fails(capsys, code, *flags):
 def test_one_line_for_what_cannot_be_converted(source, converted, tmp_path, capsys):
     out = f"--output={tmp_path / 'out'}"
     assert "there is no folder" in fails(capsys, 1, "--model=/no/such", out)
-    assert "hf download" in fails(capsys, 1, "--model=some/model", out)
+    assert "fetched from the hub" in fails(capsys, 1, "--model=some/model", out)
     assert "converted already" in fails(capsys, 1, f"--model={converted}", out)
     full = tmp_path / "full"
     full.mkdir()

@@ -18,7 +18,8 @@ from converters import TensorInfo, open_checkpoint
 from xlinfer.convert_plan import plan_hf, plan_orbax
 from xlinfer.converted import Manifest, refuse_converted, refuse_output, save_converted
 from xlinfer.export import export
-from xlinfer.flags import UsageError, define_text_only, help_text, read, show
+from xlinfer.flags import UsageError, define_revision, define_text_only, help_text, read, show
+from xlinfer.hub import fetch
 from xlinfer.mesh import make_mesh
 from xlinfer.progress import show_progress
 from xlinfer.weights import DTYPES, load_model, stored_dtype
@@ -26,7 +27,7 @@ from xlinfer.weights import DTYPES, load_model, stored_dtype
 FAILED, MISUSED = 1, 2  # exit codes
 
 
-def convert(model: str, output: str, dtype: str, *, text_only: bool) -> Manifest:
+def convert(model: str | Path, output: str, dtype: str, *, text_only: bool) -> Manifest:
     """Write the checkpoint `model`, converted, into the new directory `output`."""
     checkpoint = open_checkpoint(model, text_only=text_only)
     refuse_converted(checkpoint)
@@ -40,7 +41,9 @@ def convert(model: str, output: str, dtype: str, *, text_only: bool) -> Manifest
     return save_converted(loaded, checkpoint.path, output, text_only=text_only)
 
 
-def write_hf(model: str, output: str, dtype: str, *, text_only: bool) -> dict[str, TensorInfo]:
+def write_hf(
+    model: str | Path, output: str, dtype: str, *, text_only: bool
+) -> dict[str, TensorInfo]:
     """Write the checkpoint `model`, or what was converted of it, as safetensors into `output`."""
     checkpoint = open_checkpoint(model, text_only=text_only)
     with show_progress() as progress:
@@ -48,7 +51,7 @@ def write_hf(model: str, output: str, dtype: str, *, text_only: bool) -> dict[st
         return export(checkpoint, directory, DTYPES.get(dtype), progress)
 
 
-def plan(model: str, output: str, dtype: str, *, to: str, text_only: bool) -> Iterator[str]:
+def plan(model: str | Path, output: str, dtype: str, *, to: str, text_only: bool) -> Iterator[str]:
     """What either would do, line by line."""
     checkpoint = open_checkpoint(model, text_only=text_only)
     directory = Path(output).expanduser()
@@ -62,7 +65,11 @@ def plan(model: str, output: str, dtype: str, *, to: str, text_only: bool) -> It
 def parse(argv: Sequence[str]) -> flags.FlagValues:
     """The flags of `argv`, program name first. Raises UsageError for wrong ones."""
     values = flags.FlagValues()
-    flags.DEFINE_string("model", None, "Folder of the checkpoint to read.", flag_values=values)
+    flags.DEFINE_string(
+        "model", None, "Folder of the checkpoint to read, or ORG/NAME of the hub.",
+        flag_values=values,
+    )  # fmt: skip
+    define_revision(values)
     flags.DEFINE_string("output", None, "Directory to write; must not exist.", flag_values=values)
     flags.DEFINE_enum(
         "dtype", "auto", ["auto", *DTYPES], "auto: the checkpoint's own.", flag_values=values
@@ -97,18 +104,20 @@ def main(argv: Sequence[str]) -> int:
         return 0
     output, text_only = values.output, values.text_only
     try:
+        with show_progress() as progress:
+            model = fetch(values.model, values.revision, progress)
         if values.dry_run:
-            made = plan(values.model, output, values.dtype, to=values.to, text_only=text_only)
+            made = plan(model, output, values.dtype, to=values.to, text_only=text_only)
             show("\n".join(made))
             return 0
         if values.to == "hf":
-            tensors = write_hf(values.model, output, values.dtype, text_only=text_only).values()
+            tensors = write_hf(model, output, values.dtype, text_only=text_only).values()
             show(
                 f"{output}: {len(tensors)} tensors, {sum(t.nbytes for t in tensors):,} bytes, "
                 + ", ".join(sorted({t.dtype.name for t in tensors}))
             )
             return 0
-        written = convert(values.model, output, values.dtype, text_only=text_only)
+        written = convert(model, output, values.dtype, text_only=text_only)
     except (ValueError, OSError, MemoryError, jax.errors.JaxRuntimeError) as error:
         first = str(error).partition("\n")[0] or type(error).__name__
         print(f"xlinfer.convert: {first}", file=sys.stderr)

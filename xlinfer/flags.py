@@ -81,6 +81,11 @@ def define_text_only(values: flags.FlagValues) -> None:
     flags.DEFINE_bool("text_only", False, about, flag_values=values)
 
 
+def define_revision(values: flags.FlagValues) -> None:
+    about = "Branch, tag or commit of a --model that is a repository of the hub. Default: main's."
+    flags.DEFINE_string("revision", None, about, flag_values=values)
+
+
 def read(values: flags.FlagValues, argv: Sequence[str]) -> list[str]:
     """Fill `values` from `argv`, program name first, and from what --flagfile names; what is no
     flag. Dashes and underscores are the same. Raises UsageError."""

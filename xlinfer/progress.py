@@ -1,8 +1,8 @@
 """What a long start-up shows: `progress(phase, done, total)`, called as work completes.
 
-Phases are "load" and "write" (bytes of weights) and "compile" (programs); the first call of each
-says 0 of the total, so that its time is counted from the start. Any callable of that shape will
-do; `show_progress()` is the one for people.
+Phases are "download", "load" and "write" (bytes of weights) and "compile" (programs); the first
+call of each says 0 of the total, so that its time is counted from the start. Any callable of that
+shape will do; `show_progress()` is the one for people.
 """
 
 import sys
@@ -15,6 +15,7 @@ Progress = Callable[[str, int, int], None]
 
 # phase -> (what a reader calls it, what one unit is)
 PHASES = {
+    "download": ("Downloading", "bytes"),
     "load": ("Loading weights", "bytes"),
     "write": ("Writing weights", "bytes"),
     "compile": ("Compiling", "programs"),

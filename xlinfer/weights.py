@@ -34,6 +34,7 @@ from xlinfer import placing
 from xlinfer.config import ModelConfig
 from xlinfer.converted import is_converted, read_manifest, read_parameters
 from xlinfer.forms import Form
+from xlinfer.hub import fetch
 from xlinfer.mesh import TENSOR, device_of, make_mesh, replicate_kv_heads, sharding
 from xlinfer.models import EncoderDecoder, Model, Transformer
 from xlinfer.progress import Progress
@@ -60,11 +61,13 @@ def load_model(
     quantization: str | None = None,
     matmul_impl: str | None = None,
     text_only: bool = False,
+    revision: str | None = None,
     progress: Progress | None = None,
     in_flight_bytes: int = IN_FLIGHT_BYTES,
 ) -> Model:
     """The model in the folder `path`, a Hugging Face checkpoint or one written by xlinfer.convert,
-    or in the GGUF `path`.
+    or in the GGUF `path`; or of the repository `path` of the Hugging Face hub, "org/name", at
+    `revision`, where nothing here has that name.
 
     Weights that the checkpoint has in few bits stay so. `quantization` int4, int8 or fp8 rounds
     the layers' matrices of one with float weights as each is read. `matmul_impl` is what
@@ -78,6 +81,7 @@ def load_model(
     Raises CheckpointError for a checkpoint that is malformed, not understood or does not fit its
     config, and ValueError for an unknown dtype or a mesh that does not divide the model.
     """
+    path = fetch(path, revision, progress or _silent)
     checkpoint = open_checkpoint(path, text_only=text_only)
     mesh = make_mesh(1) if mesh is None else mesh
     config = replicate_kv_heads(checkpoint.config, mesh.shape.get(TENSOR, 1))

@@ -113,7 +113,7 @@ def _read_shards(index: Path) -> dict[str, TensorInfo]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: 'weight_map' must be an object, tensor name to file name")
     for name, file in weight_map.items():
-        if not _is_plain(file):
+        if not is_plain(file):
             raise CheckpointError(
                 f"{index}: tensor {name!r} is said to be in {file!r}, which is not a plain "
                 "*.safetensors file name. Every shard must lie beside its index."
@@ -139,7 +139,7 @@ def _read_shards(index: Path) -> dict[str, TensorInfo]:
     return tensors
 
 
-def _is_plain(file: Any) -> bool:
+def is_plain(file: Any) -> bool:
     return (
         isinstance(file, str)
         and file.endswith(".safetensors")

@@ -13,6 +13,7 @@ from pathlib import Path
 from absl import flags
 
 from xlinfer.flags import UsageError, show
+from xlinfer.hub import is_repository
 from xlinfer.progress import show_progress
 from xlinfer.serve.build import DEMO_MODEL, DEMO_NAME, Built, EngineOptions, build
 from xlinfer.serve.flags import help_text, parse
@@ -67,6 +68,8 @@ def engine_options(values: flags.FlagValues) -> EngineOptions:
 def server_options_of(values: flags.FlagValues) -> ServerOptions:
     named = values.model or values.artifact
     name = DEMO_NAME if named is None else Path(named).resolve().name
+    if named is not None and is_repository(named):
+        name = named  # as vLLM calls it
     names = tuple(values.served_model_name) or (name,)
     given = [*values.api_key, os.environ.get("XLINFER_API_KEY", "")]
     keys = [key.strip() for several in given for key in several.split(",")]

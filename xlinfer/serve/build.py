@@ -1,8 +1,9 @@
 """From a checkpoint folder to something that answers: the library and the server build alike."""
 
 import logging
+import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -37,7 +38,8 @@ class TokenEngine(Protocol):
 class EngineOptions:
     """The keyword arguments of `xlinfer.LLM`, the server's flags of the same names."""
 
-    model: str | None  # None: the artifact's
+    model: str | None  # folder, GGUF, or org/name of the hub; None: the artifact's
+    revision: str | None = None  # of the hub's; None: its main branch
     tokenizer: str | None = None  # folder; None: the model's
     chat_template: str | None = None  # file; None: the tokenizer's
     text_only: bool = False  # of a model that reads images too, its text model
@@ -85,6 +87,11 @@ _ENGINE = (
 
 def build(options: EngineOptions, progress: Progress) -> Built:
     """Load, compile, ready. Raises ValueError or OSError saying which option is wrong."""
+    if options.model is not None:
+        from xlinfer.hub import fetch
+
+        folder = os.fspath(fetch(options.model, options.revision, progress))
+        options = replace(options, model=folder, revision=None)
     if options.artifact is not None:
         from xlinfer.compile.artifact import ArtifactError
 

@@ -7,7 +7,7 @@ from absl import flags
 
 import xlinfer
 import xlinfer.flags
-from xlinfer.flags import UsageError, define_program_flags
+from xlinfer.flags import UsageError, define_program_flags, define_revision
 
 # vLLM's name -> ours, of those that the server alone has.
 ALIASES = {
@@ -32,7 +32,8 @@ def define() -> flags.FlagValues:
     switch = partial(flags.DEFINE_bool, flag_values=values)
     whole = partial(flags.DEFINE_integer, flag_values=values)
     number = partial(flags.DEFINE_float, flag_values=values)
-    text("model", None, "Checkpoint folder (safetensors), or a GGUF. Default: the demo model.")
+    text("model", None, "Checkpoint folder, GGUF, or ORG/NAME of the hub. Default: the demo model.")
+    define_revision(values)
     text("tokenizer", None, "Folder to take the tokenizer from. Default: the model's.")
     text("chat_template", None, "Jinja file to use instead of the model's chat template.")
     names(

@@ -20,8 +20,9 @@ Prompt = str | Mapping[str, object]
 class LLM:
     """A model, its tokenizer and the engine, for use from one thread.
 
-    `model` is a checkpoint folder or a GGUF; `tokenizer` another folder to take the tokenizer from;
-    `artifact` what xlinfer.compile wrote, which may hold the model too. The
+    `model` is a checkpoint folder, a GGUF, or "org/name" of the Hugging Face hub, at `revision`
+    (branch, tag or commit), where nothing here has that name; `tokenizer` another folder to take
+    the tokenizer from; `artifact` what xlinfer.compile wrote, which may hold the model too. The
     rest is as the server's flags of the same names say; None lets the plan decide. Raises
     ValueError or OSError saying which argument is wrong.
     """
@@ -30,6 +31,7 @@ class LLM:
         self,
         model: str | os.PathLike[str] | None = None,
         *,
+        revision: str | None = None,
         tokenizer: str | os.PathLike[str] | None = None,
         chat_template: str | os.PathLike[str] | None = None,
         text_only: bool = False,
@@ -57,6 +59,7 @@ class LLM:
             raise ValueError("model is missing: name a checkpoint folder, or an artifact")
         options = EngineOptions(
             model=None if model is None else os.fspath(model),
+            revision=revision,
             tokenizer=None if tokenizer is None else os.fspath(tokenizer),
             chat_template=None if chat_template is None else os.fspath(chat_template),
             text_only=text_only,
