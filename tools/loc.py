@@ -7,9 +7,9 @@ from statistics import median
 
 MAX_FILE = 400  # lines
 BUDGET: dict[str, int | None] = {  # lines of a package; None bounds its files only
-    "xlinfer": 14500,
+    "xlinfer": 15000,
     "pallas_kernels": 10500,
-    "converters": 7000,
+    "converters": 7500,
     "tools": None,
     "tests": None,
 }
