@@ -12,7 +12,7 @@ import pytest
 from tools.gpu_check import __main__ as gpu_check
 from tools.gpu_check import artifact, engine, runner, starts, summary
 from tools.gpu_check.job import Job
-from xlinfer.compile.artifact import own_digest
+from xlinfer.compile.artifact import FORMAT, own_digest
 
 ROOT = Path(__file__).parents[2]
 
@@ -153,7 +153,10 @@ def test_the_documented_command_is_the_one_that_fits():
     [
         (None, "is no compiled artifact"),
         ({"format": 99}, "is of format 99"),
-        ({"format": 1, "setup": {"quantization": "int4"}}, "is of another config, sizes, dtype"),
+        (
+            {"format": FORMAT, "setup": {"quantization": "int4"}},
+            "is of another config, sizes, dtype",
+        ),
     ],
 )
 def test_a_refusal_is_a_result_with_its_reason(written, says, monkeypatch, tmp_path, capsys):
