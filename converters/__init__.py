@@ -94,8 +94,9 @@ class Checkpoint:
         by `scheme`, or the checkpoint's own where None.
 
         Raises CheckpointError unless each tensor has one place, each parameter its tensors, and
-        all shapes and dtypes fit; and when a copy, such as a tied head, is there and is none, which
-        alone takes more than headers: it is not read unless `compare_copies`.
+        all shapes and dtypes fit; and when a copy, such as a tied head, is there and is none, or
+        a bias of zeros, as AutoGPTQ wrote them for models without, is of others. These two alone
+        take more than headers: they are not read unless `compare_copies`.
         """
         family, tensors = FAMILIES[self.config.model_type], self.tensors
         if not any(name.startswith(family.prefix) for name in tensors):
@@ -111,13 +112,30 @@ class Checkpoint:
             if compare_copies and name in tensors and original in tensors:
                 self._check_copy(tensors[name], tensors[original])
         self._check_listed(rules, tensors)
+        biases = [
+            name
+            for name in self._biases_left_over(rules, tensors)
+            if not compare_copies or not read_tensor(tensors[name]).any()
+        ]
+        left_out = {*copies, *unused(tensors), *biases}
         return schedule(
             rules,
             scheme or self.scheme,
-            {n: info for n, info in tensors.items() if n not in {*copies, *unused(tensors)}},
+            {name: info for name, info in tensors.items() if name not in left_out},
             (*family.ignored, *(_mtp_layers(self.config) if family.has_mtp_layers else ())),
             self.path,
         )
+
+    def _biases_left_over(
+        self, rules: tuple[Rule, ...], tensors: Mapping[str, TensorInfo]
+    ) -> list[str]:
+        """Those beside packed matrices of which the model has none."""
+        sources = {source for rule in rules for source in rule.sources}
+        extra = [name for name in tensors if name.endswith(".bias") and name not in sources]
+        if self.scheme is None or not extra:
+            return []
+        packed = {s.removesuffix(".weight") for r in rules for s in packings(r, self.scheme)}
+        return [name for name in extra if name.removesuffix(".bias") in packed]
 
     def _check_listed(self, rules: tuple[Rule, ...], tensors: Mapping[str, TensorInfo]) -> None:
         """Raise CheckpointError where the quantization_config leaves out modules there are not."""

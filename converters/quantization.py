@@ -88,6 +88,8 @@ def read_scheme(where: str, config: Mapping[str, Any]) -> Scheme | None:
         method = "modelopt"
     if method is None and (values.get("load_in_4bit") or values.get("load_in_8bit")):
         method = "bitsandbytes"  # old files do not name it
+    if method is None:
+        raise CheckpointError(f"{where} names no quant_method; xlinfer reads {', '.join(METHODS)}")
     method = str(method)
     if method in METHODS:
         return METHODS[method](where, values)

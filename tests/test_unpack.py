@@ -15,9 +15,10 @@ from safetensors.numpy import load_file, save_file
 
 from converters import CheckpointError, read_scheme
 from converters.formats.packing import Code, Matrix, Packing, Parts
-from tests.checkpoints import config, tensors, write
+from tests.checkpoints import write
 from tests.converters import packers
-from tests.converters.packers import Packed, Packer, of_all
+from tests.converters.packers import Packed, Packer
+from tests.converters.quantized import held_by, matrices, of_all, small
 from xlinfer.placing import floats
 from xlinfer.quant import QTensor, dequantize
 from xlinfer.unpack import unpack
@@ -170,24 +171,6 @@ def test_a_matrix_comes_back(name):
         assert has == form.shapes(*packed.weight.shape[-2:]).keys()
 
     check()
-
-
-def small(model_type: str = "llama", **changes) -> dict:
-    return config(
-        model_type, hidden_size=64, intermediate_size=96, head_dim=16, num_attention_heads=4,
-        num_key_value_heads=2, **changes,
-    )  # fmt: skip
-
-
-def held_by(cfg: dict) -> dict[str, np.ndarray]:
-    held = tensors(cfg)
-    return {name: x * (1.0 if "norm" in name else 0.3) for name, x in held.items()}
-
-
-def matrices(held: dict[str, np.ndarray]) -> list[str]:
-    """The modules of the layers that are Linears, without routers."""
-    names = (name.removesuffix(".weight") for name in held if "layers" in name)
-    return [name for name in names if name.endswith("_proj")]
 
 
 def fused(held: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

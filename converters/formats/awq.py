@@ -98,7 +98,8 @@ KNOWN = frozenset(
 def read_awq(where: str, values: Mapping[str, Any]) -> Awq:
     """The scheme that a quantization_config of quant_method "awq" describes."""
     check_known(where, "AWQ", values, KNOWN)
-    bits, group = values.get("bits", values.get("w_bit", 4)), values.get("group_size", 128)
+    bits = values.get("bits", values.get("w_bit", 4))
+    group = values.get("group_size", values.get("q_group_size", 128))
     version = str(values.get("version", "gemm")).lower()
     if bits != 4:
         raise CheckpointError(f"{where}: 'bits' is {bits!r}; AWQ has 4")
@@ -111,7 +112,7 @@ def read_awq(where: str, values: Mapping[str, Any]) -> Awq:
     if values.get("zero_point", True) is not True:
         raise CheckpointError(f"{where}: 'zero_point' is not true; AWQ's layouts have zero points")
     listed = check_patterns(
-        values.get("modules_to_not_convert") or (), f"{where}: modules_to_not_convert"
+        values.get("modules_to_not_convert"), f"{where}: 'modules_to_not_convert'"
     )
     return Awq(
         where=where, version="gemm" if version == "gemm" else "gemv", group_size=group,

@@ -28,6 +28,7 @@ from converters.formats.packing import (
     Part,
     Parts,
     check_finite,
+    check_kind,
     check_known,
     check_patterns,
     covers,
@@ -168,7 +169,8 @@ def read_bitsandbytes(where: str, values: Mapping[str, Any]) -> BitsAndBytes:
     grid = values.get("bnb_4bit_quant_type", "fp4")
     if four and grid not in ("nf4", "fp4"):
         raise CheckpointError(f"{where}: bnb_4bit_quant_type {grid!r}; it must be nf4 or fp4")
-    storage = values.get("bnb_4bit_quant_storage", "uint8")
+    check_kind(where, values, str, "bnb_4bit_quant_storage")
+    storage = values.get("bnb_4bit_quant_storage") or "uint8"
     if _numpy(storage) not in STORAGES:
         raise CheckpointError(
             f"{where}: bnb_4bit_quant_storage {storage!r} is not one of {', '.join(STORAGES)}"
@@ -177,6 +179,6 @@ def read_bitsandbytes(where: str, values: Mapping[str, Any]) -> BitsAndBytes:
         where=where, grid=grid if four else None, storage=storage,
         nested=bool(values.get("bnb_4bit_use_double_quant", False)),
         listed=check_patterns(
-            values.get("llm_int8_skip_modules") or (), f"{where}: llm_int8_skip_modules"
+            values.get("llm_int8_skip_modules"), f"{where}: 'llm_int8_skip_modules'"
         ),
     )  # fmt: skip

@@ -32,6 +32,7 @@ from converters.formats.packing import (
     Part,
     Parts,
     check_finite,
+    check_kind,
     check_known,
     check_patterns,
     check_powers,
@@ -251,15 +252,15 @@ KNOWN = frozenset(
     global_compression_ratio sparsity_config transform_config moe_sparsity_config
     """.split()
 )
-WEIGHTS = {
-    ("int", 8): "int8",
-    ("float", 8): "fp8",
-}
+INPUTS = (("int", 8), ("float", 8))
+# Values of actorder, with those of older files: whether a weight_g_idx says the inputs' groups.
+REORDERED, IN_ORDER = ("group", "dynamic", True), ("weight", "static", False)
 
 
 def read_compressed_tensors(where: str, values: Mapping[str, Any]) -> CompressedTensors:
     """The scheme that a quantization_config of quant_method "compressed-tensors" describes."""
     check_known(where, "compressed-tensors", values, KNOWN)
+    check_kind(where, values, dict, "sparsity_config", "transform_config")
     for name in ("sparsity_config", "transform_config"):
         if values.get(name) and values[name].get("format") != "dense":
             raise CheckpointError(
@@ -277,13 +278,14 @@ def read_compressed_tensors(where: str, values: Mapping[str, Any]) -> Compressed
     return CompressedTensors(
         where=where,
         groups=tuple(_group(f"{where}: {name}", g, default) for name, g in groups.items()),
-        listed=check_patterns(values.get("ignore") or (), f"{where}: 'ignore'"),
+        listed=check_patterns(values.get("ignore"), f"{where}: 'ignore'"),
     )
 
 
 def _group(where: str, values: Any, default: Any) -> Group:
     if not isinstance(values, dict) or not isinstance(values.get("weights"), dict):
         raise CheckpointError(f"{where} must have 'weights', an object")
+    check_kind(where, values, dict, "input_activations")
     weights, inputs = values["weights"], values.get("input_activations")
     form = values.get("format") or default
     if form not in FORMATS:
@@ -326,11 +328,15 @@ def _group(where: str, values: Any, default: Any) -> Group:
     size = weights.get("group_size")
     if strategy == "group" and (type(size) is not int or size < 1):
         raise CheckpointError(f"{where}: 'group_size' is {size!r}; it must be above 0")
+    if (order := weights.get("actorder")) not in (None, *REORDERED, *IN_ORDER):
+        raise CheckpointError(
+            f"{where}: 'actorder' is {order!r}; it must be null, 'group' or 'weight'"
+        )
     activations, static = _activations(where, inputs, is_fp4)
     return Group(
-        format=form, targets=check_patterns(values.get("targets") or (), f"{where}: 'targets'"),
+        format=form, targets=check_patterns(values.get("targets"), f"{where}: 'targets'"),
         bits=bits, strategy=strategy if not is_fp4 else "group", group_size=size,
-        symmetric=symmetric, permuted=weights.get("actorder") == "group",
+        symmetric=symmetric, permuted=order in REORDERED,
         activations=activations, static=static,
     )  # fmt: skip
 
@@ -342,7 +348,7 @@ def _activations(
     if not inputs or is_fp4:  # 4-bit inputs are not rounded: products take them as they are
         return "float", False
     kind, bits = inputs.get("type", "int"), inputs.get("num_bits")
-    if (kind, bits) not in WEIGHTS or not inputs.get("symmetric", True):
+    if (kind, bits) not in INPUTS or not inputs.get("symmetric", True):
         raise CheckpointError(
             f"{where}: input_activations of {kind} with {bits} bits"
             + ("" if inputs.get("symmetric", True) else " and zero points")

@@ -24,6 +24,7 @@ from converters.formats.packing import (
     Part,
     Parts,
     check_finite,
+    check_kind,
     check_known,
     check_patterns,
     check_powers,
@@ -100,6 +101,7 @@ KNOWN = {
 def read_fp8(where: str, values: Mapping[str, Any]) -> Fp8:
     """The scheme that a quantization_config of quant_method "fp8" describes."""
     check_known(where, "fp8", values, KNOWN["fp8"].split())
+    names = ("modules_to_not_convert", "ignored_layers")  # the latter is vLLM's
     block = values.get("weight_block_size", [FP8_BLOCK, FP8_BLOCK])
     scheme = values.get("activation_scheme")
     if block not in (None, [FP8_BLOCK, FP8_BLOCK]):
@@ -116,7 +118,7 @@ def read_fp8(where: str, values: Mapping[str, Any]) -> Fp8:
     return Fp8(
         where=where, name="fp8", kind="block" if block else "tensor", static=scheme == "static",
         scale=".weight_scale_inv", input_scale=".activation_scale",
-        listed=_listed(where, values, "modules_to_not_convert"),
+        listed=tuple(module for name in names for module in _listed(where, values, name)),
     )  # fmt: skip
 
 
@@ -132,7 +134,9 @@ def read_fbgemm_fp8(where: str, values: Mapping[str, Any]) -> Fp8:
 
 def read_modelopt(where: str, values: Mapping[str, Any]) -> Fp8:
     """The scheme of NVIDIA's ModelOpt: quant_method "modelopt", or hf_quant_config.json."""
+    check_kind(where, values, dict, "quantization")
     values = values.get("quantization") or values
+    check_kind(where, values, str, "quant_algo")
     check_known(where, "modelopt", values, KNOWN["modelopt"].split())
     kinds: Mapping[Any, Kind] = {"FP8": "tensor", "NVFP4": "nvfp4"}
     algorithm = values.get("quant_algo")
@@ -150,4 +154,4 @@ def read_modelopt(where: str, values: Mapping[str, Any]) -> Fp8:
 
 
 def _listed(where: str, values: Mapping[str, Any], name: str) -> tuple[str, ...]:
-    return check_patterns(values.get(name) or (), f"{where}: {name!r}")
+    return check_patterns(values.get(name), f"{where}: {name!r}")

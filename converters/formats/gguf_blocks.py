@@ -55,7 +55,9 @@ def read_gguf_blocks(where: str, values: Mapping[str, Any]) -> GgufBlocks:
     """The scheme that `quantization_config` of a GGUF's document describes."""
     check_known(where, "gguf", values, ("quant_method", "types"))
     types = values.get("types")
-    if not isinstance(types, dict) or not set(types.values()) <= FORMS.keys():
+    if not isinstance(types, dict) or not all(
+        isinstance(blocks, str) and blocks in FORMS for blocks in types.values()
+    ):
         raise CheckpointError(
             f"{where}: 'types' must name the block of each tensor, one of {', '.join(FORMS)}"
         )

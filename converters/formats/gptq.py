@@ -27,8 +27,11 @@ from converters.formats.packing import (
     Packing,
     Part,
     Parts,
+    check_expression,
     check_finite,
+    check_kind,
     check_known,
+    check_patterns,
     covers,
 )
 from xlinfer.forms import Form
@@ -106,12 +109,8 @@ class Gptq:
         if self.blocks is not None and not any(covers(block, module) for block in self.blocks):
             return None
         for pattern, changes in self.dynamic.items():
-            sign, expression = ("+:", pattern) if pattern[:2] not in ("+:", "-:") else (
-                pattern[:2], pattern[2:],
-            )  # fmt: skip
-            if re.match(expression, module) is None:
-                continue
-            return None if sign == "-:" else _changed(self, pattern, changes)
+            if re.match(_expression(pattern), module) is not None:
+                return None if pattern.startswith("-:") else _changed(self, pattern, changes)
         return self
 
     def settle(self, code: Code, parts: Parts, where: str) -> tuple[Code, Parts]:
@@ -132,6 +131,11 @@ class Gptq:
                 "wrong"
             )
         return code, kept
+
+
+def _expression(pattern: str) -> str:
+    """Of a key of `dynamic`, whose sign says whether what it means is quantized."""
+    return pattern.removeprefix("+:").removeprefix("-:")
 
 
 def order_of(g_idx: np.ndarray, groups: int, where: str) -> np.ndarray:
@@ -193,11 +197,13 @@ def _choices(where: str, values: Mapping[str, Any]) -> dict[str, Any]:
         raise CheckpointError(f"{where}: 'bits' is {bits!r}; GPTQ has {', '.join(map(str, BITS))}")
     if type(group) is not int or (group != -1 and group < 1):
         raise CheckpointError(f"{where}: 'group_size' is {group!r}; it must be above 0, or -1")
-    flags = {"symmetric": values.get("sym", True), "permuted": values.get("desc_act", False)}
+    flags = {"sym": values.get("sym", True), "desc_act": values.get("desc_act", False)}
     for name, flag in flags.items():
         if not isinstance(flag, bool):
-            raise CheckpointError(f"{where}: {name} is {flag!r}; it must be true or false")
-    return {"bits": bits, "group_size": group, **flags}
+            raise CheckpointError(f"{where}: {name!r} is {flag!r}; it must be true or false")
+    return {
+        "bits": bits, "group_size": group, "symmetric": flags["sym"], "permuted": flags["desc_act"],
+    }  # fmt: skip
 
 
 FORMATS: Mapping[str, Literal["v1", "v2"]] = {"gptq": "v1", "gptq_v2": "v2"}
@@ -222,6 +228,10 @@ USED = frozenset(
 def read_gptq(where: str, values: Mapping[str, Any]) -> Gptq:
     """The scheme that a quantization_config of quant_method "gptq" describes."""
     check_known(where, "GPTQ", values, HARMLESS | USED)
+    check_kind(where, values, dict, "dynamic", "meta")
+    check_kind(where, values, str, "checkpoint_format", "format")
+    check_kind(where, values, list, "modules_in_block_to_quantize")
+    check_kind(where, values, bool, "lm_head")
     said = values.get("checkpoint_format") or values.get("format") or "gptq"
     if said not in FORMATS:
         raise CheckpointError(
@@ -231,11 +241,14 @@ def read_gptq(where: str, values: Mapping[str, Any]) -> Gptq:
         raise CheckpointError(f"{where}: pack_dtype {values['pack_dtype']!r}; it must be 'int32'")
     blocks = values.get("modules_in_block_to_quantize")
     if blocks is not None:  # in lists, of modules that are quantized one after the other
-        blocks = tuple(m for b in blocks for m in (b if isinstance(b, list) else [b]))
-    meta = values.get("meta") or {}
+        blocks = [m for b in blocks for m in (b if isinstance(b, list) else [b])]
+        blocks = check_patterns(blocks, f"{where}: 'modules_in_block_to_quantize'")
+    dynamic, meta = values.get("dynamic") or {}, values.get("meta") or {}
+    for pattern in dynamic:
+        check_expression(_expression(pattern), f"{where}: 'dynamic' holds {pattern!r}")
     return Gptq(
         where=where, checkpoint_format=FORMATS[said],
         gptqmodel="gptqmodel" in str(meta.get("quantizer")),
         lm_head=bool(values.get("lm_head", False)), blocks=blocks,
-        dynamic=values.get("dynamic") or {}, **_choices(where, values),
+        dynamic=dynamic, **_choices(where, values),
     )  # fmt: skip

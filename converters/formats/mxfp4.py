@@ -62,6 +62,6 @@ def read_mxfp4(where: str, values: Mapping[str, Any]) -> Mxfp4:
     return Mxfp4(
         where=where,
         listed=check_patterns(
-            values.get("modules_to_not_convert") or (), f"{where}: modules_to_not_convert"
+            values.get("modules_to_not_convert"), f"{where}: 'modules_to_not_convert'"
         ),
     )

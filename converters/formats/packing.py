@@ -7,6 +7,7 @@ K inputs   N outputs   G groups of K/G inputs each
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any, Protocol
 
 import numpy as np
@@ -127,6 +128,21 @@ def check_known(where: str, name: str, values: Mapping[str, Any], known: Iterabl
         raise CheckpointError(f"{where}: xlinfer does not know {', '.join(unknown)} of {name}")
 
 
+KINDS: Mapping[type, str] = {
+    dict: "an object",
+    list: "a list",
+    str: "a text",
+    bool: "true or false",
+}
+
+
+def check_kind(where: str, values: Mapping[str, Any], kind: type, *names: str) -> None:
+    """Raise CheckpointError for one of the `names` whose value is neither null nor of `kind`."""
+    for name in names:
+        if (value := values.get(name)) is not None and not isinstance(value, kind):
+            raise CheckpointError(f"{where}: {name!r} is {value!r}; it must be {KINDS[kind]}")
+
+
 def check_finite(name: str, scale: np.ndarray, where: str) -> None:
     """Raise CheckpointError for scales of which some are infinite or no numbers."""
     _check_none(~np.isfinite(scale.astype(np.float32)), name, where)
@@ -144,28 +160,34 @@ def _check_none(bad: np.ndarray, name: str, where: str) -> None:
 
 def covers(pattern: str, module: str) -> bool:
     """Whether an entry of a list of modules means `module`: "re:" and a regular expression that
-    its name begins with; a name of which "*" stands for one part; or parts of the name that follow
-    each other, as "lm_head", "mlp.gate" and "model.layers.0" do."""
+    its name begins with; or parts of the name that follow each other, as "lm_head", "mlp.gate" and
+    "model.layers.0" do, where "*" stands for any letters of one part."""
     if pattern.startswith("re:"):
         return re.match(pattern.removeprefix("re:"), module) is not None
     wanted, parts = pattern.strip(".").split("."), module.split(".")
     starts = range(len(parts) - len(wanted) + 1)
-    same = lambda want, part: want in ("*", part)
-    return any(all(map(same, wanted, parts[i:])) for i in starts)
+    return any(all(map(fnmatchcase, parts[i:], wanted)) for i in starts)
 
 
-def check_patterns(patterns: Iterable[str], where: str) -> tuple[str, ...]:
-    """The list, if it is one of names; raises CheckpointError for a wrong regular expression."""
-    found = tuple(patterns)
-    for pattern in found:
+def check_patterns(patterns: Any, where: str) -> tuple[str, ...]:
+    """The list, if it is one of names, or null; raises CheckpointError for another, and for a wrong
+    regular expression."""
+    if not isinstance(patterns, list | None):
+        raise CheckpointError(f"{where} is {patterns!r}; it must be a list of module names")
+    for pattern in patterns or ():
         if not isinstance(pattern, str):
             raise CheckpointError(f"{where} holds {pattern!r}; it must be a list of module names")
         if pattern.startswith("re:"):
-            try:
-                re.compile(pattern.removeprefix("re:"))
-            except re.error as error:
-                raise CheckpointError(f"{where} holds {pattern!r}: {error}") from None
-    return found
+            check_expression(pattern.removeprefix("re:"), f"{where} holds {pattern!r}")
+    return tuple(patterns or ())
+
+
+def check_expression(expression: str, where: str) -> None:
+    """Raise CheckpointError for a wrong regular expression."""
+    try:
+        re.compile(expression)
+    except re.error as error:
+        raise CheckpointError(f"{where}, no regular expression: {error}") from None
 
 
 def check_all_match(patterns: Iterable[str], modules: Iterable[str], where: str) -> None:

@@ -5,7 +5,7 @@ K inputs   N outputs   G groups of inputs   E experts
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -378,17 +378,3 @@ def bnb8(rng: Rng, N: int, K: int) -> Packed:
         tensors={".weight": q_NK, ".SCB": SCB, ".weight_format": np.array(0, np.uint8)},
         weight=q_NK.astype(np.float32) * SCB[:, None] / np.float32(127), rtol=TWO_ROUNDINGS,
     )  # fmt: skip
-
-
-def of_all(
-    packer: Packer, rng: Rng, held: dict[str, np.ndarray], modules: Sequence[str]
-) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], dict[str, Any]]:
-    """The tensors of a float checkpoint with `modules` packed, the same with their floats, and the
-    quantization_config."""
-    packed, floats, config = dict(held), dict(held), {}
-    for module in modules:
-        name = f"{module}.weight"
-        one = packer(rng, *packed.pop(name).shape)
-        packed |= {module + suffix: tensor for suffix, tensor in one.tensors.items()}
-        floats[name], config = np.ascontiguousarray(one.weight), one.config
-    return packed, floats, config
