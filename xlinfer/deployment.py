@@ -20,7 +20,7 @@ from pallas_kernels import mla_attention
 from pallas_kernels.checks import check_one_of
 from pallas_kernels.devices import Device, Impl, check_runs
 from pallas_kernels.paged_attention import IMPLS, choose, refusal
-from xlinfer.kvcache import CacheSpec, Latents, cache_dtype, tensor_size
+from xlinfer.kvcache import FP8, CacheSpec, Latents, cache_dtype, tensor_size
 from xlinfer.models import check_model
 from xlinfer.plan import Memory, Plan, PlanError, make_plan, pages_for
 from xlinfer.programs import (
@@ -204,6 +204,11 @@ def deploy(
     _check_sizes(facts.max_position_embeddings, max_model_len, page_size, sizes.hbm_utilization)
     dtype = _activation_dtype(state)
     kv_dtype = cache_dtype(sizes.kv_cache_dtype, dtype, facts.kv_scales)
+    if facts.has_encoder and kv_dtype == FP8:
+        raise ValueError(
+            "kv_cache_dtype is 'fp8': an encoder-decoder model's cache is not kept in 8 bits; ask "
+            f"for auto or {jnp.dtype(dtype).name}"
+        )
     spec = CacheSpec(
         num_layers=facts.num_layers,
         num_pages=sizes.num_pages or 0,

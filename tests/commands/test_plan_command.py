@@ -73,19 +73,6 @@ def test_weights_and_pages_are_those_of_one_devices_share(capsys, model, target,
     assert made["kv_cache"]["page_bytes"] == token * 64 // size
 
 
-def test_an_8_bit_cache_has_pages_of_half_the_bytes(capsys):
-    wide = plan(capsys, "llama-3.1-8b", "v6e-1", "--max_model_len=8192")
-    flags = ("--max_model_len=8192", "--kv_cache_dtype=fp8")
-    half = plan(capsys, "llama-3.1-8b", "v6e-1", *flags)
-    assert (wide["kv_cache"]["dtype"], half["kv_cache"]["dtype"]) == ("bfloat16", "float8_e4m3fn")
-    assert 2 * half["kv_cache"]["page_bytes"] == wide["kv_cache"]["page_bytes"]
-    assert half["kv_cache"]["pages"] >= 2 * wide["kv_cache"]["pages"]
-    # Activations are bfloat16 still.
-    for name in ("temporary_activation_bytes", "weight_bytes"):
-        assert half["memory"][name] == wide["memory"][name]
-    assert half["target"] == wide["target"]
-
-
 def test_what_is_left_of_the_memory_is_pages(capsys):
     made = plan(capsys, "llama-3.1-8b", "v6e-1", "--max_model_len=8192")
     memory, cache = made["memory"], made["kv_cache"]

@@ -1,6 +1,7 @@
 """An 8-bit cache against dense attention over keys and values rounded as it rounds them."""
 
 import logging
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,12 @@ LARGEST = 448.0
 TOKENS = 12
 SCORED = SamplingParams(temperature=0, max_tokens=TOKENS, logprobs=0, prompt_logprobs=0)
 # Pages of 4 tokens, prompts in pieces of 8.
-TIGHT = {"max_num_seqs": 4, "max_num_batched_tokens": 8, "page_size": 4, "max_model_len": 64}
+TIGHT: dict[str, Any] = {
+    "max_num_seqs": 4,
+    "max_num_batched_tokens": 8,
+    "page_size": 4,
+    "max_model_len": 64,
+}
 
 
 def rounded(x_BTKH, scale_K):
@@ -67,6 +73,7 @@ def emulated(model, prompt, attend=dense):
 
 def answer(engine, prompt, name="a"):
     got = run(engine, [request(name, prompt, SCORED)])[name]
+    assert got.prompt_logprobs is not None and got.logprobs is not None
     scored = [*(e for e in got.prompt_logprobs if e), *got.logprobs]
     return got.token_ids, np.array([e.logprobs[0] for e in scored]), got.num_cached_tokens
 
@@ -214,3 +221,29 @@ def test_without_scales_a_warning_says_that_they_are_1(llama, caplog):
     Engine(llama, **TIGHT, num_pages=20, deterministic=True, kv_cache_dtype="fp8")
     (record,) = [r for r in caplog.records if r.levelname == "WARNING"]
     assert "no k_scale and v_scale: they are 1.0" in record.getMessage()
+
+
+def dense_latent(q_BTNU, q_BTNJ, latent_BTC, rope_BTJ, k_b_NUC, v_b_NCW, kv, *, layer, scale):
+    """A LatentAttend: every token against all before it, latents rounded."""
+    one = np.ones(1, np.float32)
+    kept = lambda x: jax.pure_callback(
+        lambda x: rounded(x[:, :, None], one)[:, :, 0], jax.ShapeDtypeStruct(x.shape, x.dtype), x
+    )
+    latent_BTC, rope_BTJ, T = kept(latent_BTC), kept(rope_BTJ), latent_BTC.shape[1]
+    k_BTNU = jnp.einsum("BTC,NUC->BTNU", latent_BTC, k_b_NUC)
+    s_BNTt = jnp.einsum("BTNU,BtNU->BNTt", q_BTNU, k_BTNU)
+    s_BNTt = (s_BNTt + jnp.einsum("BTNJ,BtJ->BNTt", q_BTNJ, rope_BTJ)) * scale
+    s_BNTt = jnp.where(jnp.tril(jnp.ones((T, T), bool))[None, None], s_BNTt, -jnp.inf)
+    v_BTNW = jnp.einsum("BTC,NCW->BTNW", latent_BTC, v_b_NCW)
+    return jnp.einsum("BNTt,BtNW->BTNW", jax.nn.softmax(s_BNTt, -1), v_BTNW), kv
+
+
+def test_latents_are_kept_in_8_bits_too():
+    model, prompt = load_model(GOLDENS / "deepseek-v2-lite"), prompt_of(13)
+    got = answer(Engine(model, **TIGHT, kv_cache_dtype="fp8"), prompt)
+    same(got, emulated(model, prompt, dense_latent))
+
+
+def test_an_encoder_decoder_model_has_none():
+    with pytest.raises(ValueError, match="an encoder-decoder model's cache is not kept in 8 bits"):
+        Engine(load_model(GOLDENS / "t5"), max_num_seqs=2, kv_cache_dtype="fp8")
