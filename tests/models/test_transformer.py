@@ -128,10 +128,12 @@ def test_variants_equal_the_formulas(changes, tmp_path):
     np.testing.assert_allclose(got, want, atol=ATOL["reference"], rtol=0)
 
 
-def dense(q_BTNH, k_BTKH, v_BTKH, kv, *, layer, window, scale, softcap, sinks_N, alibi_N):
+def dense(
+    q_BTNH, k_BTKH, v_BTKH, kv, *, layer, window, scale, softcap, sinks_N, alibi_N, kv_scales
+):
     """Attention with every logit at once, as one writes it down; of what families have alone,
     nothing."""
-    assert softcap is None and sinks_N is None and alibi_N is None
+    assert softcap is None and sinks_N is None and alibi_N is None and kv_scales is None
     T, G = q_BTNH.shape[1], q_BTNH.shape[2] // k_BTKH.shape[2]
     k_BTNH, v_BTNH = (jnp.repeat(x, G, axis=2) for x in (k_BTKH, v_BTKH))
     behind_TS = jnp.arange(T)[:, None] - jnp.arange(T)[None]
