@@ -15,6 +15,10 @@ K, V = (0.25, 3.0), (0.5, 0.007)  # of each layer
 LAYERS = 2
 
 
+def f32(values) -> np.ndarray:
+    return np.array(values, np.float32)
+
+
 def named(k: str, v: str, shape=(1,), dtype=np.float32) -> dict[str, np.ndarray]:
     return {
         f"model.layers.{layer}.self_attn.{name}": np.full(shape, value[layer], dtype)
@@ -53,24 +57,24 @@ def test_each_format_has_its_names(tmp_path, quantization, k, v, shape, dtype):
 
 def test_one_scale_of_both(tmp_path):
     """AutoFP8's."""
-    held = {f"model.layers.{i}.self_attn.kv_scale": np.float32(K[i]) for i in range(LAYERS)}
+    held = {f"model.layers.{i}.self_attn.kv_scale": f32(K[i]) for i in range(LAYERS)}
     held = {name: np.array(x) for name, x in held.items()}
     for found in scales_of(load_model(checkpoint(tmp_path, CT, held))):
-        np.testing.assert_array_equal(found, np.float32([[K[0]] * 2, [K[1]] * 2]))
+        np.testing.assert_array_equal(found, f32([[K[0]] * 2, [K[1]] * 2]))
 
 
 @pytest.mark.parametrize("shape", [(2,), (2, 1, 1)])
 def test_scales_by_kv_head(tmp_path, shape):
     held = {
         f"model.layers.{layer}.self_attn.{part}_scale": (
-            np.float32([0.5, 0.125]).reshape(shape) * np.float32(1 + layer)
+            f32([0.5, 0.125]).reshape(shape) * f32(1 + layer)
         )
         for part in "kv"
         for layer in range(LAYERS)
     }
     quantization = CT | {"kv_cache_scheme": SCHEME | {"strategy": "attn_head"}}
     for found in scales_of(load_model(checkpoint(tmp_path, quantization, held))):
-        np.testing.assert_array_equal(found, np.float32([[0.5, 0.125], [1.0, 0.25]]))
+        np.testing.assert_array_equal(found, f32([[0.5, 0.125], [1.0, 0.25]]))
 
 
 def test_a_config_beside_config_json(tmp_path):
@@ -79,7 +83,7 @@ def test_a_config_beside_config_json(tmp_path):
         tmp_path, None, named("k_proj.k_scale", "v_proj.v_scale", ()),
         hf_quant_config={"producer": {"name": "modelopt"}, "quantization": inner},
     )  # fmt: skip
-    np.testing.assert_array_equal(scales_of(load_model(folder))[1][:, 0], np.float32(V))
+    np.testing.assert_array_equal(scales_of(load_model(folder))[1][:, 0], f32(V))
 
 
 @pytest.mark.parametrize(
@@ -105,8 +109,8 @@ def test_a_missing_scale_is_1_and_said(tmp_path, caplog):
     del held["model.layers.1.self_attn.k_scale"]
     k_scale, v_scale = scales_of(load_model(checkpoint(tmp_path, CT, held)))
     assert "1 of 4 scales of the KV cache are missing: they are 1.0" in caplog.text
-    np.testing.assert_array_equal(k_scale[:, 0], np.float32([K[0], 1]))
-    np.testing.assert_array_equal(v_scale[:, 0], np.float32(V))
+    np.testing.assert_array_equal(k_scale[:, 0], f32([K[0], 1]))
+    np.testing.assert_array_equal(v_scale[:, 0], f32(V))
 
 
 def test_scales_of_products_are_left_out_and_named(tmp_path, caplog):
@@ -115,7 +119,7 @@ def test_scales_of_products_are_left_out_and_named(tmp_path, caplog):
     names = (f"{at}.q_scale", f"{at}.prob_scale", f"{at}.output_scale", f"{at}.q_proj.output_scale")
     held = named("k_scale", "v_scale") | dict.fromkeys(names, one)
     np.testing.assert_array_equal(
-        scales_of(load_model(checkpoint(tmp_path, CT, held)))[0][:, 0], np.float32(K)
+        scales_of(load_model(checkpoint(tmp_path, CT, held)))[0][:, 0], f32(K)
     )
     (record,) = caplog.records
     assert all(name in record.getMessage() for name in names[:3])
@@ -128,7 +132,7 @@ def test_scales_of_products_are_left_out_and_named(tmp_path, caplog):
 @pytest.mark.parametrize("value", [-0.5, 0.0, np.nan, np.inf])
 def test_a_scale_that_is_none_is_refused(tmp_path, value):
     held = named("k_scale", "v_scale")
-    held["model.layers.1.self_attn.v_scale"] = np.float32([value])
+    held["model.layers.1.self_attn.v_scale"] = f32([value])
     says = rf"layers\.1\.self_attn\.v_scale holds {value:g}; a scale must be finite and above 0"
     with pytest.raises(CheckpointError, match=says):
         load_model(checkpoint(tmp_path, CT, held))
