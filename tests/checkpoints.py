@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from converters import Checkpoint, open_checkpoint
+from converters import Checkpoint, Step, open_checkpoint
 
 GOLDENS = Path(__file__).parent / "data" / "goldens"
 FAMILIES = (
@@ -194,6 +194,13 @@ def write(
     index = {"metadata": {"total_size": 0}, "weight_map": placed}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return folder
+
+
+def float_steps(checkpoint: Checkpoint) -> list[Step]:
+    """Its tensors with their places; all of them must be floats."""
+    steps = [step for step in checkpoint.schedule() if isinstance(step, Step)]
+    assert len(steps) == len(checkpoint.schedule())
+    return steps
 
 
 def opened(folder: Path, cfg: Any, **files: Any) -> Checkpoint:

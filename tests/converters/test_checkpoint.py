@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 from converters import CheckpointError, cut_out, open_checkpoint, parameter_rules, read_tensor
 from converters.families import FAMILIES
 from converters.rules import Row, expand
-from tests.checkpoints import GOLDENS, config, opened, tensors, write
+from tests.checkpoints import GOLDENS, config, float_steps, opened, tensors, write
 from xlinfer.config import GenerationConfig
 
 
@@ -123,7 +123,7 @@ def some_checkpoint(model_type):
 def test_every_tensor_has_one_place(model_type, shards, tmp_path):
     cfg, held = some_checkpoint(model_type)
     checkpoint = open_checkpoint(write(tmp_path, cfg, held, shards))
-    steps = checkpoint.schedule()
+    steps = float_steps(checkpoint)
     assert {step.tensor.name for step in steps} == held.keys()
     pieces = sum(step.nbytes for step in steps)
     # The first rows of positions.
@@ -256,7 +256,7 @@ def test_names_without_their_prefix(tmp_path):
     held = load_file(GOLDENS / "gpt2" / "model.safetensors")
     bare = {name.removeprefix("transformer."): array for name, array in held.items()}
     bare["h.0.attn.bias"] = np.ones((1, 1, 4, 4), np.float32)
-    steps = open_checkpoint(write(tmp_path, cfg, bare)).schedule()
+    steps = float_steps(open_checkpoint(write(tmp_path, cfg, bare)))
     assert {step.tensor.name for step in steps} == bare.keys() - {"h.0.attn.bias"}
 
 
@@ -295,7 +295,7 @@ def test_layers_that_predict_more_tokens_are_ignored(tmp_path):
         if ".layers.2." in name
     }
     more["model.layers.3.eh_proj.weight"] = np.zeros((32, 64), np.float32)
-    steps = open_checkpoint(write(tmp_path / "more", cfg, more)).schedule()
+    steps = float_steps(open_checkpoint(write(tmp_path / "more", cfg, more)))
     assert {step.tensor.name for step in steps} == held.keys()
     more["model.layers.4.eh_proj.weight"] = more["model.layers.3.eh_proj.weight"]
     with pytest.raises(CheckpointError, match=r"left over.*: model.layers.4.eh_proj.weight$"):

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 
 from converters import CheckpointError, open_checkpoint, read_tensor
 from converters.formats.gguf import GGUFTensor
-from tests.checkpoints import GOLDENS, config, tensors, write
+from tests.checkpoints import GOLDENS, config, float_steps, tensors, write
 from tests.gguf_convert import permuted, to_gguf
 from tests.gguf_files import write_gguf
 from xlinfer.config import DefaultRope, LinearRope, LongRope, YarnRope
@@ -53,8 +53,8 @@ def test_goldens_as_gguf(golden, tmp_path):
     same(converted, source)
     want = replace(source.config, **DIFFERS.get(golden, {}))
     if golden == "llama3-rope":
-        ropes = converted.config.ropes, want.ropes
-        ours, theirs = (rope_frequencies(rope[0], 8, 1024)[0] for rope in ropes)
+        ropes = converted.config.ropes[0], want.ropes[0]
+        ours, theirs = (rope_frequencies(rope, 8, 1024)[0] for rope in ropes if rope is not None)
         np.testing.assert_allclose(ours, theirs, rtol=3e-7)
         want = replace(want, ropes=converted.config.ropes)
     if golden == "phi3-longrope":  # float32 in the file
@@ -108,7 +108,7 @@ def test_logits(name, tmp_path):
 def test_half_precision_keeps_its_dtype(tmp_path):
     converted = open_checkpoint(to_gguf(GOLDENS / "llama", tmp_path / "m.gguf", dtype=np.float16))
     want = load_file(GOLDENS / "llama" / "model.safetensors")
-    for step in converted.schedule():
+    for step in float_steps(converted):
         name, array = step.tensor.name, want[step.tensor.name]
         assert step.tensor.dtype == (np.float16 if array.ndim > 1 else np.float32)
         np.testing.assert_array_equal(
@@ -125,8 +125,6 @@ def test_rows_of_blocks_are_moved_as_they_are(tmp_path):
     np.testing.assert_array_equal(permuted(q.row_order, 4), rows)
     np.testing.assert_array_equal(permuted(read_tensor(q), 4), stored)
     assert stored.shape == (128, 128 // 32 * 18) and q.shape == (128, 128)
-    with pytest.raises(CheckpointError, match=r"'lm_head\.weight' is quantized, Q8_0"):
-        open_checkpoint(golden).schedule()
 
 
 def test_what_reference_config_json_says(tmp_path):
