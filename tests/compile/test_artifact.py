@@ -12,7 +12,7 @@ import pytest
 
 from xlinfer import LLM, PlanError, SamplingParams
 from xlinfer.commands.compile import main
-from xlinfer.compile.artifact import ArtifactError, own_digest
+from xlinfer.compile.artifact import FORMAT, ArtifactError, own_digest
 from xlinfer.inspect import main as inspect
 from xlinfer.serve.build import DEMO_MODEL
 
@@ -170,7 +170,7 @@ def test_a_missing_file_is_refused(copy):
         ({"mesh": {"tensor": 8}}, "it is for 8 devices, and here are"),
         ({"host": "x86_64 000000000000"}, "a CPU with other instructions"),
         ({"xlinfer": "0.0.9"}, "compiled with xlinfer 0.0.9"),
-        ({"format": 99}, "is of format 99; this xlinfer reads 1"),
+        ({"format": 99}, f"is of format 99; this xlinfer reads {FORMAT}"),
         ({"plan": {}}, "compiled.json is damaged"),
     ],
 )
