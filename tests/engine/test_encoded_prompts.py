@@ -128,7 +128,7 @@ def test_the_programs_are_the_plans_and_nothing_compiles_later():
 def test_new_weights_encode_again():
     model, name, prompt = load_model(GOLDENS / "t5-relu"), "t5-relu", random_prompts(1, seed=8)[0]
     engine = Engine(model, **ROOMY)
-    engine.add_request(request(0, name, prompt, SamplingParams(temperature=0, max_tokens=30)))
+    engine.add_request(request(0, name, prompt, SamplingParams(temperature=0, max_tokens=60)))
     before = [t for out in engine.step() for t in out.token_ids]
     other = nnx.clone(model)
     assert isinstance(other, EncoderDecoder)
@@ -145,7 +145,7 @@ def test_new_weights_encode_again():
     for which, weights in (("old", model), ("new", other)):
         logits = forward(weights, inputs, all_tokens, np.array([len(prompt)], np.int32))
         best[which] = np.argmax(logits[0], -1)[:-1].tolist()
-    assert tokens[-5:] == best["new"][-5:] != best["old"][-5:]
+    assert tokens[40:] == best["new"][40:] != best["old"][40:]  # two windows of 16 were in flight
 
 
 def test_other_requests_are_refused():
