@@ -239,6 +239,8 @@ def read_model(path: Path, document: Mapping[str, Any]) -> ModelConfig:
             f"{path}: its quantization_config speaks of a KV cache of 8 bits, and xlinfer reads no "
             f"scales of {'latents' if config.encoder is None else 'an encoder-decoder model'}"
         )
+    if scheme is None:
+        return config
     return with_weight_forms(config, parameter_rules(config), scheme)
 
 
@@ -261,9 +263,10 @@ def weight_forms(
 ) -> dict[tuple, Form]:
     """The form of each parameter that is not of floats, by its path. Raises CheckpointError,
     beginning with `where`, for what `scheme` cannot hold."""
-    rules = parameter_rules(config, kv_replicas)
+    if scheme is None:
+        return {}
     forms = {}
-    for rule in rules if scheme is not None else ():
+    for rule in parameter_rules(config, kv_replicas):
         if held := packings(rule, scheme):
             forms[rule.target] = form_of_rule(rule, held, where)
     return {target: form for target, form in forms.items() if form is not None}

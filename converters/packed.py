@@ -88,19 +88,16 @@ def form_of_rule(rule: Rule, held: Mapping[str, Packing], where: str) -> Form | 
     return form
 
 
-def with_weight_forms(
-    config: ModelConfig, rules: Iterable[Rule], scheme: Scheme | None
-) -> ModelConfig:
+def with_weight_forms(config: ModelConfig, rules: Iterable[Rule], scheme: Scheme) -> ModelConfig:
     """`config` with layers told apart whose weights `scheme` holds in different forms; `rules` are
     those of `config`."""
-    if scheme is None:
-        return config
+    all_layers = stacks(config.kinds)
     found: list[dict[str, Form | None]] = [{} for _ in range(config.num_layers)]
     for rule in rules:
         if rule.target[0] != STACKED or rule.inputs is None:
             continue
         held = packings(rule, scheme)
-        layers = stacks(config.kinds)[int(rule.target[1])]
+        layers = all_layers[int(rule.target[1])]
         each = len(rule.sources) // len(layers)
         name = ".".join(map(str, rule.target[2:]))
         for i, layer in enumerate(layers):

@@ -121,6 +121,7 @@ def expand(rows: Iterable[Row], config: ModelConfig, kv_replicas: int = 1) -> tu
         sizes |= {"Q": mla.query_rank or 0, "C": mla.latent_dim, "U": mla.nope_dim}
         sizes |= {"L": mla.latent_dim + config.rotary_dim, "W": mla.value_dim}
     rules, kinds = [], config.kinds
+    stacked = stacks(kinds)
     for row in rows:
         first, *rest = path = tuple(row.target.split("."))
         if STACKED not in path:
@@ -131,7 +132,7 @@ def expand(rows: Iterable[Row], config: ModelConfig, kv_replicas: int = 1) -> tu
             rules.append(_rule(row, path, layers, sizes, kv_replicas))
             continue
         has = ONLY.get(rest[0], lambda kind: True)
-        for number, layers in enumerate(stacks(kinds)):
+        for number, layers in enumerate(stacked):
             if has(kinds[layers.start]):
                 rules.append(_rule(row, (first, number, *rest), layers, sizes, kv_replicas))
     return tuple(rules)

@@ -303,8 +303,7 @@ def test_help_names_every_flag(capsys):
     assert max(map(len, out.splitlines())) <= 100
 
 
-# DeepSeek-V3 is searched for on more devices than most have, which takes a minute.
-@pytest.mark.parametrize("model", [*sorted(PARAMETERS.keys() - {"deepseek-v3"}), "demo"])
+@pytest.mark.parametrize("model", [*PARAMETERS, "demo"])
 @pytest.mark.parametrize("target", ["v6e-8", "v5p-512", "h100-8", "b200", "tpu7x-4", "cpu"])
 def test_the_text_fits_a_hundred_columns(capsys, model, target):
     path = ROOT / "xlinfer" / "demo" if model == "demo" else CONFIGS / f"{model}.json"
