@@ -1,5 +1,6 @@
 """Every test sees four CPU devices, strict promotion of dtypes and ranks, and no compile cache."""
 
+import gc
 import os
 
 # Tests that need an accelerator say so: JAX_PLATFORMS=cuda,cpu ./run test -m accelerator
@@ -18,6 +19,15 @@ jax.config.update("jax_compilation_cache_dir", None)  # tests count compiles
 # A loaded machine is not a bug: hypothesis sets no time limit on an example.
 hypothesis.settings.register_profile("xlinfer", parent=hypothesis.settings(), deadline=None)
 hypothesis.settings.load_profile("xlinfer")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def release_programs():
+    """A process may have 65,530 memory maps, and each program that XLA compiled for the CPU has
+    several: with the programs of all files, LLVM aborts."""
+    yield
+    gc.collect()
+    jax.clear_caches()
 
 
 @pytest.fixture
