@@ -47,7 +47,7 @@ def packings(rule: Rule, scheme: Scheme | None) -> Mapping[str, Packing]:
     """By its sources; empty for what has float weights."""
     if scheme is None or rule.inputs is None:
         return {}
-    if rule.target[0] != STACKED and rule.target[0] not in scheme.outside:
+    if STACKED not in rule.target and rule.target[0] not in scheme.outside:
         return {}
     found = {source: scheme.packing(matrix_of(rule, source)) for source in rule.sources}
     held = {source: packing for source, packing in found.items() if packing is not None}
@@ -94,7 +94,7 @@ def with_weight_forms(config: ModelConfig, rules: Iterable[Rule], scheme: Scheme
     all_layers = stacks(config.kinds)
     found: list[dict[str, Form | None]] = [{} for _ in range(config.num_layers)]
     for rule in rules:
-        if rule.target[0] != STACKED or rule.inputs is None:
+        if rule.target[0] != STACKED or rule.inputs is None or config.encoder is not None:
             continue
         held = packings(rule, scheme)
         layers = all_layers[int(rule.target[1])]
@@ -167,7 +167,7 @@ def _targeted(
     rule: Rule, axes: tuple[str, ...], size: int, groups: Axes, sizes: tuple[int, ...],
     source_shape: tuple[int, ...], cut: Cut | None,
 ) -> Rule:  # fmt: skip
-    old, stacked = rule.layout, rule.target[0] == STACKED
+    old, stacked = rule.layout, STACKED in rule.target
     skip = 1 if stacked else 0  # the target's axes begin with the layers
     lead = list(range(skip + (EXPERTS in rule.axes)))
     outside = next(i + skip for i, g in enumerate(rule.axes) if g not in (EXPERTS, rule.inputs))

@@ -5,6 +5,7 @@ import pytest
 from flax import nnx
 
 from pallas_kernels.devices import DEVICES
+from tests.checkpoints import GOLDENS
 from xlinfer.mesh import make_mesh
 from xlinfer.models.parts import matrix
 from xlinfer.quant import QTensor, apart, product, together
@@ -164,3 +165,14 @@ def test_weights_rounded_as_they_are_read_are_those_rounded_at_once(method, devi
     jax.tree.map(np.testing.assert_array_equal, nnx.state(got), nnx.state(at_once))
     for a, b in zip(*(jax.tree.leaves(nnx.state(m)) for m in (got, at_once)), strict=True):
         assert a.sharding.is_equivalent_to(b.sharding, a.ndim)
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_the_matrices_of_an_encoder_and_its_decoder_are_rounded(name):
+    model, at_once = (load_model(GOLDENS / name, quantization=q) for q in ("int8", None))
+    quantize_model(at_once, "int8", CPU)
+    got, want = (nnx.to_flat_state(nnx.state(m)) for m in (model, at_once))
+    assert sum(isinstance(p.get_value(), QTensor) for _, p in got) > 12
+    for (path, a), (_, b) in zip(got, want, strict=True):
+        assert isinstance(a.get_value(), QTensor) == isinstance(b.get_value(), QTensor), path
+        jax.tree.map(np.testing.assert_array_equal, a.get_value(), b.get_value())
