@@ -7,9 +7,9 @@ from statistics import median
 
 MAX_FILE = 400  # lines
 BUDGET: dict[str, int | None] = {  # lines of a package; None bounds its files only
-    "xlinfer": 15000,
-    "pallas_kernels": 10500,
-    "converters": 7500,
+    "xlinfer": 21000,
+    "pallas_kernels": 11000,
+    "converters": 8000,
     "tools": None,
     "tests": None,
 }
