@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from pallas_kernels.devices import Device, device_of_kind
@@ -51,6 +52,22 @@ def make_mesh(tensor_parallel_size: int, devices: Sequence[Any] | None = None) -
         )
     used = present[:tensor_parallel_size]
     return jax.make_mesh((tensor_parallel_size,), (TENSOR,), (AxisType.Auto,), devices=used)
+
+
+def replica_meshes(mesh: Mesh, count: int, devices: Sequence[Any] | None = None) -> list[Mesh]:
+    """`mesh`, which is of the first of `devices` (jax's own where None), and like it of the next
+    ones, `count` in all. Raises ValueError when there are fewer devices."""
+    present = list(jax.devices() if devices is None else devices)
+    if count < 1 or count * mesh.size > len(present):
+        raise ValueError(
+            f"data_parallel_size is {count}: of {len(present)} devices with {mesh.size} for each "
+            f"replica it is from 1 to {len(present) // mesh.size}"
+        )
+    parts = [present[i * mesh.size : (i + 1) * mesh.size] for i in range(count)]
+    like = lambda part: Mesh(
+        np.array(part).reshape(mesh.devices.shape), mesh.axis_names, axis_types=mesh.axis_types
+    )
+    return [mesh, *map(like, parts[1:])]
 
 
 def device_of(mesh: Mesh) -> Device:

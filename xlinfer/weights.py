@@ -4,6 +4,7 @@ Tensors are read in file order, moved as they are, and cast, transposed and writ
 place on the device, in place: the peak is the model, one tensor and what is in flight.
 """
 
+import dataclasses
 import logging
 from collections import Counter
 from collections.abc import Mapping
@@ -143,6 +144,27 @@ def abstract_model(
             param = param.replace(held_as(param, path, forms[path], device, matmul_impl))
         placed.append((path, param))
     return nnx.merge(graph, nnx.from_flat_state(placed))
+
+
+def replica(model: Model, mesh: Mesh) -> Model:
+    """A copy of `model` whose arrays lie on `mesh`, of the same axes, as they lie on its own."""
+    graph, state = nnx.split(model)
+
+    def put(x: jax.Array) -> jax.Array:
+        assert isinstance(x.sharding, NamedSharding)
+        return jax.device_put(x, NamedSharding(mesh, x.sharding.spec))
+
+    copied = []
+    for path, param in nnx.to_flat_state(state):
+        value = jax.tree.map(put, param.get_value())
+        if isinstance(value, QTensor) and value.mesh is not None:
+            value = dataclasses.replace(value, mesh=mesh)
+        copied.append((path, param.replace(value)))
+    copy = nnx.merge(graph, nnx.from_flat_state(copied))
+    for _, module in nnx.iter_modules(copy):
+        if getattr(module, "mesh", None) is not None:
+            setattr(module, "mesh", mesh)  # noqa: B010 -- a Module declares none
+    return copy
 
 
 def stored_dtype(checkpoint: Checkpoint) -> np.dtype:

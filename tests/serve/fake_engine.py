@@ -55,6 +55,10 @@ class FakeEngine:
         self._prompt_tokens = self._generated = 0
 
     @property
+    def max_running(self) -> int:
+        return self.plan.max_num_seqs
+
+    @property
     def has_work(self) -> bool:
         return bool(self._running)
 

@@ -14,7 +14,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -206,6 +206,12 @@ def open_artifact(directory: str | Path, devices: Sequence[Any]) -> Opened:
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise ArtifactError(f"{path / MANIFEST} is damaged: {error!r}") from None
+
+
+def on_mesh(opened: Opened, mesh: Mesh) -> Opened:
+    """The same for other devices of the kind."""
+    params = tuple(decode_array(p, mesh) for p in opened.manifest["parameters"])
+    return replace(opened, mesh=mesh, params=params)
 
 
 def _differences(manifest: Mapping[str, Any], devices: Sequence[Any]):

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import numpy as np
 from jax._src import core
+from jax._src.compiler import get_compile_options
 from jax._src.interpreters import pxla
 from jax._src.layout import Layout
 from jax._src.lib import _jax  # type: ignore[reportPrivateImportUsage]
@@ -64,6 +66,17 @@ def serialize(compiled: Compiled, args: tuple, donated: Sequence[int]) -> Stored
     )
 
 
+def _placed_on(devices: Sequence[Any]) -> _jax.CompileOptions | None:
+    """Code runs on the devices that it was compiled for, the first ones here, unless these say
+    otherwise."""
+    ids = [device.id for device in devices]
+    if ids == list(range(len(ids))):
+        return None
+    return get_compile_options(
+        num_replicas=1, num_partitions=len(ids), device_assignment=np.array([ids])
+    )
+
+
 def load(stored: Stored, mesh: Mesh) -> Compiled:
     """Ready to call with arrays on `mesh`, which has the shape it was compiled for. Nothing is
     traced or compiled. Raises ExecutableError when description or code are damaged, or the code is
@@ -79,7 +92,7 @@ def load(stored: Stored, mesh: Mesh) -> Compiled:
     except (KeyError, TypeError, ValueError) as error:
         raise ExecutableError(f"a program's description is damaged: {error}") from None
     try:
-        code = backend.deserialize_executable(stored.code, executable_devices=device_list)
+        code = backend.deserialize_executable(stored.code, device_list, _placed_on(devices))
     except jax.errors.JaxRuntimeError as error:
         raise ExecutableError(
             f"{name} does not load on {devices[0].device_kind}: {str(error).splitlines()[0]}"

@@ -189,14 +189,34 @@ class Engine:
     def has_work(self) -> bool:
         return bool(self._sequences or self._in_flight or self._outputs.ready)
 
+    @property
+    def max_running(self) -> int:
+        """Sequences that can run at once."""
+        return self.plan.max_num_seqs
+
     def step(self) -> list[TokenOutput]:
         """Schedule what can run and return what the oldest step in flight gave, waiting for it
         to be done. Empty when that gave nothing to tell."""
+        self.dispatch()
+        return self.receive()
+
+    def dispatch(self) -> int:
+        """The first half of `step`: how many steps went to the device."""
+        before = len(self._in_flight)
         while len(self._in_flight) < STEPS_IN_FLIGHT and (step := self._scheduler.schedule()):
             self._in_flight.append(self._runner.start(step))
+        return len(self._in_flight) - before
+
+    def receive(self) -> list[TokenOutput]:
+        """The second half of `step`."""
         if self._in_flight:
             self._receive(self._in_flight.popleft())
         return self._outputs.take()
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether `receive` has something to do, and need not wait for it."""
+        return bool(self._outputs.ready) or (bool(self._in_flight) and self._in_flight[0].is_ready)
 
     def stats(self) -> EngineStats:
         scheduler, pool = self._scheduler, self._scheduler.pool

@@ -25,6 +25,10 @@ class InFlight:
     sampled: Sampled | None
     scores: Logprobs | None  # of the prompt tokens that follow the step's
 
+    @property
+    def is_ready(self) -> bool:
+        return all(x.is_ready() for x in jax.tree.leaves((self.sampled, self.scores)))
+
     def fetch(self) -> tuple[Sampled | None, Logprobs | None]:
         """As numpy arrays, waiting for the step to be done."""
         return jax.tree.map(np.asarray, (self.sampled, self.scores))

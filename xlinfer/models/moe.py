@@ -112,11 +112,15 @@ class MoE(nnx.Module):
             return lax.psum(self._own(x_TD, (weight_Tk, expert_Tk), matrices, biases, own), axis)
 
         none = PartitionSpec()
-        by_expert = lambda a: PartitionSpec(*[None] * (a.ndim - 3), axis) if a.ndim else none
+
+        def by_expert(w: Experts):
+            layers = () if isinstance(w, jax.Array) or w.layer is None else (None,)
+            return jax.tree.map(lambda a: PartitionSpec(*layers, axis) if a.ndim else none, w)
+
         run = jax.shard_map(
             local,
             mesh=mesh,
-            in_specs=(none, (none, none), jax.tree.map(by_expert, matrices), PartitionSpec(axis)),
+            in_specs=(none, (none, none), tuple(map(by_expert, matrices)), PartitionSpec(axis)),
             out_specs=none,
             check_vma=False,
         )

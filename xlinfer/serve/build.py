@@ -3,8 +3,10 @@
 import logging
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Protocol, runtime_checkable
 
 from xlinfer.config import GenerationConfig
@@ -26,6 +28,8 @@ class TokenEngine(Protocol):
     def plan(self) -> Plan: ...
     @property
     def vocab_size(self) -> int: ...
+    @property
+    def max_running(self) -> int: ...
     @property
     def has_work(self) -> bool: ...
     def add_request(self, request: Request) -> None: ...
@@ -51,6 +55,7 @@ class EngineOptions:
     num_pages: int | None = None
     hbm_utilization: float = 0.9
     tensor_parallel_size: int = 1
+    data_parallel_size: int = 1
     quantization: str | None = None  # int4, int8, fp8; None: weights as they are
     attention_impl: str | None = None  # None: the device's kernel
     kv_cache_dtype: str = "auto"  # auto: the activations' or the checkpoint's, fp8, or a float
@@ -107,8 +112,8 @@ def build(options: EngineOptions, progress: Progress) -> Built:
     import converters
     from xlinfer.compile.store import Store, use_jax_cache
     from xlinfer.engine.engine import Engine
-    from xlinfer.mesh import make_mesh
-    from xlinfer.weights import load_model
+    from xlinfer.mesh import make_mesh, replica_meshes
+    from xlinfer.weights import load_model, replica
 
     kept = None
     if options.compile_cache_dir is not None:
@@ -119,7 +124,9 @@ def build(options: EngineOptions, progress: Progress) -> Built:
     tokenizer = Tokenizer.open(
         options.tokenizer or options.model, chat_template=options.chat_template
     )
-    mesh = make_mesh(options.tensor_parallel_size)
+    mesh, *others = replica_meshes(
+        make_mesh(options.tensor_parallel_size), options.data_parallel_size
+    )
     if options.matmul_impl is not None and not (options.quantization or checkpoint.scheme):
         raise ValueError(
             f"matmul_impl={options.matmul_impl} chooses how quantized weights are multiplied, and "
@@ -131,8 +138,26 @@ def build(options: EngineOptions, progress: Progress) -> Built:
     )  # fmt: skip
     # What nobody asked for is left to the engine's own defaults.
     given = {name: value for name in _ENGINE if (value := getattr(options, name)) is not None}
-    engine = Engine(module, mesh=mesh, kept=kept, progress=progress, **given)
-    return Built(engine=engine, tokenizer=tokenizer, generation=checkpoint.generation)
+    with ExitStack() as stack:
+        if kept is None and others:  # what one compiles is for all
+            kept = Store(stack.enter_context(TemporaryDirectory(prefix="xlinfer-")))
+        engines = [Engine(module, mesh=mesh, kept=kept, progress=progress, **given)]
+        given["num_pages"] = engines[0].plan.num_pages  # replicas are alike
+        for n, own in enumerate(others, 1):
+            given["seed"] = options.seed + n
+            copy = replica(module, own)
+            engines.append(Engine(copy, mesh=own, kept=kept, progress=progress, **given))
+    return Built(
+        engine=_as_one(engines, options), tokenizer=tokenizer, generation=checkpoint.generation
+    )
+
+
+def _as_one(engines: list[Any], options: EngineOptions) -> TokenEngine:
+    from xlinfer.engine.replicas import Replicas
+
+    if len(engines) == 1:
+        return engines[0]
+    return Replicas(engines, enable_prefix_caching=options.enable_prefix_caching)
 
 
 def from_artifact(options: EngineOptions, progress: Progress) -> Built:
@@ -142,9 +167,10 @@ def from_artifact(options: EngineOptions, progress: Progress) -> Built:
     import jax
 
     import converters
-    from xlinfer.compile.artifact import PARAMETERS, load_programs, open_artifact
+    from xlinfer.compile.artifact import PARAMETERS, load_programs, on_mesh, open_artifact
     from xlinfer.compile.parameters import read_parameters
     from xlinfer.engine.engine import Engine, Ready
+    from xlinfer.mesh import replica_meshes
 
     assert options.artifact is not None
     opened = open_artifact(options.artifact, jax.devices())
@@ -154,27 +180,35 @@ def from_artifact(options: EngineOptions, progress: Progress) -> Built:
         raise ValueError(f"{opened.path} holds programs and no weights: name the checkpoint too")
     checkpoint = converters.open_checkpoint(source, text_only=options.text_only)
     tokenizer = Tokenizer.open(options.tokenizer or source, chat_template=options.chat_template)
+    others = replica_meshes(opened.mesh, options.data_parallel_size)[1:]
     executables = load_programs(opened)
     if opened.has_weights:
         folder = opened.path / PARAMETERS
         params = read_parameters(folder, opened.paths, opened.params, progress)
     else:
         params = _checkpoint_parameters(checkpoint, opened, progress)
+    manifest = opened.manifest
     ready = Ready(
         params=params,
         paths=opened.paths,
         executables=executables,
         plan=opened.plan,
         mesh=opened.mesh,
-        vocab_size=opened.manifest["facts"]["vocab_size"],
-        attention_impl=opened.manifest["attention_impl"],
-        kv_cache_dtype=opened.manifest["kv_cache_dtype"],
-        kv_scales=opened.manifest["facts"]["kv_scales"],
+        vocab_size=manifest["facts"]["vocab_size"],
+        attention_impl=manifest["attention_impl"],
+        kv_cache_dtype=manifest["kv_cache_dtype"],
+        kv_scales=manifest["facts"]["kv_scales"],
     )
-    engine = Engine.of(
-        ready, enable_prefix_caching=options.enable_prefix_caching, seed=options.seed
+    caching = options.enable_prefix_caching
+    engines = [Engine.of(ready, enable_prefix_caching=caching, seed=options.seed)]
+    for n, mesh in enumerate(others, 1):
+        part = on_mesh(opened, mesh)
+        copied = [jax.device_put(x, p.sharding) for x, p in zip(params, part.params, strict=True)]
+        own = replace(ready, params=tuple(copied), executables=load_programs(part), mesh=mesh)
+        engines.append(Engine.of(own, enable_prefix_caching=caching, seed=options.seed + n))
+    return Built(
+        engine=_as_one(engines, options), tokenizer=tokenizer, generation=checkpoint.generation
     )
-    return Built(engine=engine, tokenizer=tokenizer, generation=checkpoint.generation)
 
 
 def _check_asked(options: EngineOptions, manifest: Mapping[str, Any]) -> None:

@@ -86,13 +86,13 @@ class EngineThread:
     def check_room(self, sequences: int, prompt_tokens: int = 0) -> None:
         """Raises ServingError: 503 when not serving, 429 when the queue would be over its limits.
 
-        More sequences than `max_num_seqs` are queued; tokens count until a prompt's first answer.
+        More sequences than can run are queued; tokens count until a prompt's first answer.
         """
         if self._error is not None:
             raise ServingError(500, "The engine has failed.")
         if (trouble := self.trouble()) is not None:
             raise ServingError(503, trouble, retry_after=5)
-        running = self.ready.result().engine.plan.max_num_seqs
+        running = self.ready.result().engine.max_running
         queued = len(self._open) + sequences - running
         waiting = {id(sub): sub.prompt_tokens for sub in self._open.values() if not sub.started}
         tokens = sum(waiting.values())

@@ -52,6 +52,13 @@ def define() -> flags.FlagValues:
     )
     define_program_flags(values)
     whole("tensor_parallel_size", 1, "Devices that share each layer.", 1)
+    whole(
+        "data_parallel_size",
+        1,
+        "Replicas of the model, each on so many devices; a request goes to the one that has least "
+        "to compute for it.",
+        1,
+    )
     switch("enable_prefix_caching", True, "Reuse the KV of equal prefixes.")
     whole("seed", 0, "Seed of sampling for requests without one.")
     one_of(

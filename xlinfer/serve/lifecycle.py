@@ -132,10 +132,10 @@ def _announce(server: Server, listener: socket.socket, seconds: float) -> None:
     host, port = listener.getsockname()[:2]
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]", "::1": "[::1]"}.get(host, host)
     url, name = f"http://{host}:{port}", server.options.served_model_names[0]
-    plan = server.plan
+    most, longest = server.max_running, server.plan.max_model_len
     print(
         f"Ready in {seconds:.1f} s: {name} at {url}/v1 "
-        f"({plan.max_num_seqs} sequences of up to {plan.max_model_len} tokens). Try:",
+        f"({most} sequences of up to {longest} tokens). Try:",
         file=sys.stderr,
     )
     body = f'{{"model": "{name}", "prompt": "def fibonacci(n):", "max_tokens": 64}}'

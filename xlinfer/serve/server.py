@@ -52,6 +52,10 @@ class Server:
         return self.engine.ready.result().engine.plan
 
     @property
+    def max_running(self) -> int:
+        return self.engine.ready.result().engine.max_running
+
+    @property
     def vocab_size(self) -> int:
         return self.engine.ready.result().engine.vocab_size
 
