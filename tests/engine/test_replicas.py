@@ -19,7 +19,12 @@ from xlinfer.request import InvalidRequest, Request, SamplingParams
 from xlinfer.serve.build import DEMO_MODEL
 from xlinfer.weights import load_model, replica
 
-SIZES: dict[str, Any] = {"max_num_seqs": 4, "max_num_batched_tokens": 32, "max_model_len": 64, "page_size": 4}
+SIZES: dict[str, Any] = {
+    "max_num_seqs": 4,
+    "max_num_batched_tokens": 32,
+    "max_model_len": 64,
+    "page_size": 4,
+}
 PROMPTS = [{"prompt_token_ids": [(7 * i + j) % 200 + 3 for j in range(5 + i)]} for i in range(12)]
 SAMPLED = SamplingParams(temperature=1.0, seed=3, max_tokens=8, ignore_eos=True)
 
