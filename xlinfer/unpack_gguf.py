@@ -8,22 +8,16 @@ N outputs   K inputs   G groups of K/G inputs   B blocks of a row
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int8, UInt8
 
-# Of IQ4_NL and IQ4_XS; and of MXFP4, twice its E2M1 values, as its scales are half of E8M0.
-IQ4_TABLE = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
-MXFP4_TABLE = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 
-
-@partial(jax.tree_util.register_dataclass, data_fields=["data", "scale", "zero"],
-         meta_fields=["table"])  # fmt: skip
-@dataclass(frozen=True, kw_only=True)
-class Unpacked:
-    """w = (data - zero) * scale, of each group; with a table, table[data] * scale.
+class Rows(NamedTuple):
+    """w = (data - zero) * scale, of each group; of IQ4_NL, IQ4_XS and MXFP4, the number that the
+    code `data` stands for, times scale: of MXFP4 twice its E2M1 value, as its scales are half.
 
     Where there is a zero the block has scale * data - minimum instead: with zero = minimum / scale
     in float32, w is within 2^-22 (|scale * data| + |minimum|) of that. A group of scale 0, which is
@@ -33,27 +27,16 @@ class Unpacked:
     data: Int8[Array, "*L N K"]
     scale: Float[Array, "*L N G"]
     zero: Float[Array, "*L N G"] | None
-    table: tuple[int, ...] | None
 
 
-def dequantize(unpacked: Unpacked) -> Float[Array, "*L N K"]:
-    """The weights in float32."""
-    scale, shape = unpacked.scale[..., None], unpacked.data.shape
-    data = unpacked.data.reshape(*unpacked.scale.shape, -1)
-    if unpacked.table is not None:
-        return (jnp.array(unpacked.table, jnp.float32)[data] * scale).reshape(shape)
-    zero = 0.0 if unpacked.zero is None else unpacked.zero[..., None]
-    return ((data.astype(jnp.float32) - zero) * scale).reshape(shape)
-
-
-def unpack(raw: UInt8[Array, "*L N R"], kind: str) -> Unpacked:
+def unpack(raw: UInt8[Array, "*L N R"], kind: str) -> Rows:
     """Rows of R bytes of blocks of type `kind`, one of TYPES.
 
     Raises ValueError for another type, and where blocks do not make up a row.
     """
     if kind not in TYPES:
         raise ValueError(f"blocks of type {kind!r}; xlinfer unpacks {', '.join(TYPES)}")
-    nbytes, read, table = TYPES[kind]
+    nbytes, read = TYPES[kind]
     if raw.shape[-1] % nbytes:
         raise ValueError(f"rows of {raw.shape[-1]} bytes are not made of {kind} blocks of {nbytes}")
     group = read(raw.reshape(*raw.shape[:-1], -1, nbytes))
@@ -61,9 +44,7 @@ def unpack(raw: UInt8[Array, "*L N R"], kind: str) -> Unpacked:
     if group.minimum is not None:
         data, scale, zero = _with_zero(data, scale, group.minimum)
     rows = lambda x: x.reshape(*raw.shape[:-1], -1)
-    return Unpacked(
-        data=rows(data), scale=rows(scale), zero=None if zero is None else rows(zero), table=table
-    )
+    return Rows(rows(data), rows(scale), None if zero is None else rows(zero))
 
 
 @dataclass(frozen=True)
@@ -220,19 +201,19 @@ def _mxfp4(block):
     return Groups(_nibbles(q), jax.lax.bitcast_convert_type(bits, jnp.float32))
 
 
-# Bytes of a block, its function, and its table.
-TYPES: Mapping[str, tuple[int, Callable[[Array], Groups], tuple[int, ...] | None]] = {
-    "Q4_0": (18, _q4_0, None),
-    "Q4_1": (20, _q4_1, None),
-    "Q5_0": (22, _q5_0, None),
-    "Q5_1": (24, _q5_1, None),
-    "Q8_0": (34, _q8_0, None),
-    "Q2_K": (84, _q2_k, None),
-    "Q3_K": (110, _q3_k, None),
-    "Q4_K": (144, _q4_k, None),
-    "Q5_K": (176, _q5_k, None),
-    "Q6_K": (210, _q6_k, None),
-    "IQ4_NL": (18, _iq4_nl, IQ4_TABLE),
-    "IQ4_XS": (136, _iq4_xs, IQ4_TABLE),
-    "MXFP4": (17, _mxfp4, MXFP4_TABLE),
+# Bytes of a block, and its function.
+TYPES: Mapping[str, tuple[int, Callable[[Array], Groups]]] = {
+    "Q4_0": (18, _q4_0),
+    "Q4_1": (20, _q4_1),
+    "Q5_0": (22, _q5_0),
+    "Q5_1": (24, _q5_1),
+    "Q8_0": (34, _q8_0),
+    "Q2_K": (84, _q2_k),
+    "Q3_K": (110, _q3_k),
+    "Q4_K": (144, _q4_k),
+    "Q5_K": (176, _q5_k),
+    "Q6_K": (210, _q6_k),
+    "IQ4_NL": (18, _iq4_nl),
+    "IQ4_XS": (136, _iq4_xs),
+    "MXFP4": (17, _mxfp4),
 }
