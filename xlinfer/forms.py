@@ -24,6 +24,9 @@ class Form:
     group: int | None = None  # inputs under one scale of "group"
     zero: bool = False  # [G, N], of "group"
     grid: Grid = "int"
+    # What holds the scales without rounding. Kept in it where activations have it too, else in
+    # float32: kernels take these two.
+    scale_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     permuted: bool = False  # input k of the numbers is input order_K[k] of the matrix
     # What a product rounds its inputs to, by token unless there is an input_scale.
     activations: Literal["float", "int8", "fp8"] = "float"

@@ -35,8 +35,8 @@ class QTensor:
 
     form: Form
     data_NK: Array
-    scale: Array  # float32
-    zero_GN: Array | None  # float32
+    scale: Array  # float32, or the form's scale_dtype
+    zero_GN: Array | None  # of the scale's dtype
     order_K: Array | None  # int32
     input_scale: Array | None  # float32
     layer: Array | None
@@ -311,15 +311,16 @@ def dequantize(weight: QTensor) -> Float[Array, "*E N K"]:
         case grid:
             w = jnp.asarray(TABLES[grid], jnp.float32)[q.astype(jnp.int32)]
     *lead, N, K = w.shape
+    scale = weight.scale.astype(jnp.float32)
     match form.scales:
         case "tensor":
-            return w * weight.scale[..., None, None]
+            return w * scale[..., None, None]
         case "channel":
-            return w * weight.scale[..., None]
+            return w * scale[..., None]
         case "block":
-            wide = jnp.repeat(weight.scale, FP8_BLOCK, -2)[..., :N, :]
+            wide = jnp.repeat(scale, FP8_BLOCK, -2)[..., :N, :]
             return w * jnp.repeat(wide, FP8_BLOCK, -1)[..., :K]
-    w = w.reshape(*lead, N, weight.scale.shape[-2], -1)
+    w = w.reshape(*lead, N, scale.shape[-2], -1)
     if weight.zero_GN is not None:
-        w = w - weight.zero_GN.swapaxes(-1, -2)[..., None]
-    return (w * weight.scale.swapaxes(-1, -2)[..., None]).reshape(*lead, N, K)
+        w = w - weight.zero_GN.astype(jnp.float32).swapaxes(-1, -2)[..., None]
+    return (w * scale.swapaxes(-1, -2)[..., None]).reshape(*lead, N, K)

@@ -146,7 +146,11 @@ def held_as(
     mesh = weight.sharding.mesh if isinstance(weight.sharding, NamedSharding) else None
     spread = mesh is not None and mesh.size > 1
     arrays: dict[str, Any] = dict.fromkeys(ARRAYS)
-    dtypes = {"data_NK": form.dtype, "order_K": "int32"}
+    of_scale = form.scale_dtype if weight.dtype == form.scale_dtype else "float32"
+    dtypes = {
+        "data_NK": form.dtype, "scale": of_scale, "zero_GN": of_scale, "order_K": "int32",
+        "input_scale": "float32",
+    }  # fmt: skip
     for name, shape in form.shapes(N, K).items():
         names = array_axes(form, of_K, of_N)[name]
         if name in ("scale", "zero_GN") and form.scales == "group" and shape[0] == 1:
@@ -160,7 +164,7 @@ def held_as(
                     f"{'.'.join(map(str, path))} [{N}, {K}] is {form.describe()}, and {error}: "
                     "every device must have whole groups"
                 ) from None
-        dtype = jnp.dtype(dtypes.get(name, "float32"))
+        dtype = jnp.dtype(dtypes[name])
         arrays[name] = jax.ShapeDtypeStruct((*lead, *shape), dtype, sharding=lies)
     on_mesh = (None, None)
     if mesh is not None and spread:

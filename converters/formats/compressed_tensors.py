@@ -242,7 +242,10 @@ def fp4_packing(
         scale="e4m3" if nv else "e8m0",
         global_scale=("divides" if divides else "multiplies") if nv else "none",
     )
-    form = Form(dtype="int4", scales="group", group=size, grid="e2m1")
+    form = Form(
+        dtype="int4", scales="group", group=size, grid="e2m1",
+        scale_dtype="float32" if nv else "bfloat16",
+    )  # fmt: skip
     return Packing(form=form, code=code, parts=parts)
 
 

@@ -9,19 +9,19 @@ from converters.formats.packing import Code, Matrix, Packing, Part, Parts, check
 from xlinfer.forms import Form
 
 FORMS: Mapping[str, Form] = {
-    "Q4_0": Form(dtype="int4", scales="group", group=32),
+    "Q4_0": Form(dtype="int4", scales="group", group=32, scale_dtype="float16"),
     "Q4_1": Form(dtype="uint4", scales="group", group=32, zero=True),
-    "Q5_0": Form(dtype="int8", scales="group", group=32),
+    "Q5_0": Form(dtype="int8", scales="group", group=32, scale_dtype="float16"),
     "Q5_1": Form(dtype="int8", scales="group", group=32, zero=True),
-    "Q8_0": Form(dtype="int8", scales="group", group=32),
+    "Q8_0": Form(dtype="int8", scales="group", group=32, scale_dtype="float16"),
     "Q2_K": Form(dtype="uint4", scales="group", group=16, zero=True),
     "Q3_K": Form(dtype="int4", scales="group", group=16),
     "Q4_K": Form(dtype="uint4", scales="group", group=32, zero=True),
     "Q5_K": Form(dtype="int8", scales="group", group=32, zero=True),
     "Q6_K": Form(dtype="int8", scales="group", group=16),
-    "IQ4_NL": Form(dtype="uint4", scales="group", group=32, grid="iq4_nl"),
+    "IQ4_NL": Form(dtype="uint4", scales="group", group=32, grid="iq4_nl", scale_dtype="float16"),
     "IQ4_XS": Form(dtype="uint4", scales="group", group=32, grid="iq4_nl"),
-    "MXFP4": Form(dtype="int4", scales="group", group=32, grid="e2m1"),
+    "MXFP4": Form(dtype="int4", scales="group", group=32, grid="e2m1", scale_dtype="bfloat16"),
 }
 
 

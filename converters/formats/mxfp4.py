@@ -48,7 +48,7 @@ class Mxfp4:
             "packed": Part(suffix="_blocks", shapes=((E, N, K // GROUP, 16),), dtypes=("uint8",)),
             "scale": Part(suffix="_scales", shapes=((E, N, K // GROUP),), dtypes=("uint8",)),
         }
-        form = Form(dtype="int4", scales="group", group=GROUP, grid="e2m1")
+        form = Form(dtype="int4", scales="group", group=GROUP, grid="e2m1", scale_dtype="bfloat16")
         return Packing(form=form, code=Fp4Code(scale="e8m0", global_scale="none"), parts=parts)
 
     def settle(self, code: Code, parts: Parts, where: str) -> tuple[Code, Parts]:

@@ -72,6 +72,18 @@ def test_the_plan_knows_the_forms_without_the_weights(name):
 
 
 @pytest.mark.parametrize(
+    "name, dtype", [("mxfp4-gpt-oss", jnp.bfloat16), ("gguf-q4_0", jnp.float16)]
+)
+def test_scales_that_16_bits_hold_are_kept_in_them(name, dtype):
+    """Where activations have them: kernels take scales of their inputs' dtype, or of float32."""
+    wide, narrow = (held(load_model(quantized_golden(name), dtype=d)) for d in ("float32", dtype))
+    for path, q in narrow.items():
+        assert q.scale.dtype == (dtype if q.form.scale_dtype == np.dtype(dtype).name else "float32")
+        np.testing.assert_array_equal(q.scale.astype(jnp.float32), wide[path].scale)
+    assert any(q.scale.dtype == dtype for q in narrow.values())
+
+
+@pytest.mark.parametrize(
     "name",
     [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in WEIGHTS_ONLY],
 )

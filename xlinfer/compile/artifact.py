@@ -35,7 +35,7 @@ from xlinfer.programs import decode_shapes, encode_shapes, forward_shapes, sampl
 from xlinfer.sampling import empty_slots
 
 MANIFEST, PROGRAMS, PARAMETERS = "compiled.json", "programs", "parameters"
-FORMAT = 2
+FORMAT = 3
 
 
 class ArtifactError(ValueError):
