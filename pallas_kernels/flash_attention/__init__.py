@@ -20,6 +20,7 @@ from pallas_kernels.checks import (
 )
 from pallas_kernels.devices import Device, Impl, mosaic
 from pallas_kernels.flash_attention import cudnn, reference
+from pallas_kernels.reach import check_chunk_size
 
 __all__ = ["choose", "flash_attention"]
 
@@ -49,6 +50,7 @@ def flash_attention(
     *,
     scale: float,
     window: int | Int[Array, ""] | None,
+    attention_chunk_size: int | None = None,
     causal: bool = True,
     softcap: float | None = None,
     sinks_N: Float[Array, " N"] | None = None,
@@ -63,27 +65,29 @@ def flash_attention(
     """softmax(q·k · scale)·v, each query head n with kv head n // (N/K), in q's dtype.
 
     A query sees the keys up to itself, of those the `window` latest (an int, an int32 scalar, or
-    None for all), or with `causal=False` every key of its row. A logit s is scaled, becomes
-    softcap·tanh(s/softcap) where `softcap` is given, and gains alibi_N[n]·(key position - query
-    position), at most 0 for slopes above it. With X = 2 M + 1 it gains distance_bias_NX[n, M + d]
-    too, d being key position - query position, cut to -M and M. exp(sinks_N[n]) joins the softmax's
-    denominator. Sinks, slopes and biases are float32; so is the softmax.
+    None for all), and of those the ones of its own chunk where rows are cut into chunks of
+    `attention_chunk_size` tokens; or with `causal=False` every key of its row. A logit s is scaled,
+    becomes softcap·tanh(s/softcap) where `softcap` is given, and gains alibi_N[n]·(key position -
+    query position), at most 0 for slopes above it. With X = 2 M + 1 it gains
+    distance_bias_NX[n, M + d] too, d being key position - query position, cut to -M and M.
+    exp(sinks_N[n]) joins the softmax's denominator. Sinks, slopes and biases are float32; so is the
+    softmax.
 
     Row b has lengths_B[b] tokens (int32; None: all T). What follows is padding: finite, never
     seen, and its outputs are zeros.
 
     bfloat16 or float16, with float32 too as `reference` and `mosaic_tpu`. The kernels take H and
-    V of 64, 80, 96, 128, 192 and 256; `cudnn` takes neither softcap, sinks, slopes nor a traced
-    window, and no kernel a bias by distance. `impl` None is `choose(device, ...)`; a named one
-    never falls back to another. `tiles` are the kernel's Tiles, None for its own choice. ValueError
-    names the argument at fault.
+    V of 64, 80, 96, 128, 192 and 256; `cudnn` takes neither chunks, softcap, sinks, slopes nor a
+    traced window, and no kernel a bias by distance. `impl` None is `choose(device, ...)`; a named
+    one never falls back to another. `tiles` are the kernel's Tiles, None for its own choice.
+    ValueError names the argument at fault.
 
     grad and jvp of `reference` are jax's own. A kernel's grad is the gradient of the reference at
     the same arguments: right, O(T) in memory, and not fast; it has no jvp. vmap works for all,
     the batch axis B being the better way for a kernel.
     """
     _check(q_BTNH, k_BTKH, v_BTKV, sinks_N, alibi_N, distance_bias_NX, lengths_B)
-    _check_options(scale=scale, window=window, causal=causal, softcap=softcap)
+    _check_options(scale, window, attention_chunk_size, causal, softcap)
     H, V = q_BTNH.shape[-1], v_BTKV.shape[-1]
     biased = distance_bias_NX is not None
     impl = impl or choose(device, H=H, V=V, dtype=q_BTNH.dtype, distance_bias=biased)
@@ -96,8 +100,9 @@ def flash_attention(
         check_one_of("V", V, HEAD_DIMS)
     if impl == "cudnn":
         wrong = cudnn.refusal(
-            H=H, V=V, window=window, softcap=softcap, sinks_N=sinks_N, alibi_N=alibi_N
-        )
+            H=H, V=V, window=window, attention_chunk_size=attention_chunk_size, softcap=softcap,
+            sinks_N=sinks_N, alibi_N=alibi_N,
+        )  # fmt: skip
         if wrong is not None:
             raise ValueError(wrong)
         return cudnn.attend(
@@ -107,7 +112,10 @@ def flash_attention(
     arrays = _Arrays(
         q_BTNH, k_BTKH, v_BTKV, None if constant else window, sinks_N, alibi_N, lengths_B
     )
-    options = {"scale": scale, "causal": causal, "softcap": softcap}
+    options = {
+        "scale": scale, "causal": causal, "softcap": softcap,
+        "attention_chunk_size": attention_chunk_size,
+    }  # fmt: skip
 
     def run(attend, arrays: _Arrays, **how):
         q, k, v, traced, *rest = arrays
@@ -172,15 +180,17 @@ def _check(q_BTNH, k_BTKH, v_BTKV, sinks_N, alibi_N, distance_bias_NX, lengths_B
         check_shape("lengths_B", lengths_B, (B,), why="one length for each row")
 
 
-def _check_options(*, scale, window, causal, softcap) -> None:
+def _check_options(scale, window, attention_chunk_size, causal, softcap) -> None:
     if not scale > 0:
         raise ValueError(f"scale is {scale}; it must be above 0")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap is {softcap}; it must be above 0, or None")
+    check_chunk_size(attention_chunk_size)
+    for name, reach in (("window", window), ("attention_chunk_size", attention_chunk_size)):
+        if reach is not None and not causal:
+            raise ValueError(f"{name} is {reach}; it must be None where causal is False")
     if window is None:
         return
-    if not causal:
-        raise ValueError(f"window is {window}; it must be None where causal is False")
     if isinstance(window, int):
         if window < 1:
             raise ValueError(f"window is {window}; it must be at least 1: a query sees itself")

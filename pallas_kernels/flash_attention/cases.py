@@ -16,6 +16,7 @@ from pallas_kernels.flash_attention import (
     mosaic_tpu,
 )
 from pallas_kernels.flash_attention.key import tuning_key as key_of
+from pallas_kernels.reach import most
 
 BF16, F16, F32 = (jnp.dtype(d) for d in (jnp.bfloat16, jnp.float16, jnp.float32))
 
@@ -29,6 +30,7 @@ class Case(NamedTuple):
     H: int  # head_dim of q and k
     V: int  # head_dim of v
     window: int | None = None
+    attention_chunk_size: int | None = None
     traced: bool = False  # whether the window is an array
     causal: bool = True
     softcap: float | None = None
@@ -49,12 +51,14 @@ CASES = (
     Case("mha_of_64", 2, 200, 2, 2, 64, 64, dtype=F16),
     Case("short_window", 1, 300, 1, 1, 64, 64, window=70, sinks=True),
     Case("traced_window", 1, 390, 2, 1, 128, 128, window=150, traced=True, tpu=_Small),
+    Case("chunked", 1, 300, 2, 1, 64, 64, attention_chunk_size=128, gpu=mosaic_gpu.Tiles(2, 64, 2),
+         tpu=_Small),
     Case("wider_keys", 1, 130, 1, 1, 192, 128),
     Case("of_80", 1, 130, 1, 1, 80, 80, softcap=5.0),
     Case("of_96", 2, 200, 1, 1, 96, 96, causal=False, scale=1.0, lengths=(130, 0)),
     Case("of_256", 1, 130, 1, 1, 256, 256, alibi=True),
-    Case("all_at_once", 2, 330, 2, 1, 64, 64, window=77, traced=True, softcap=5.0, sinks=True,
-         alibi=True, lengths=(330, 40), tpu=mosaic_tpu.Tiles(2, 64, 128)),
+    Case("all_at_once", 2, 330, 2, 1, 64, 64, window=77, attention_chunk_size=200, traced=True,
+         softcap=5.0, sinks=True, alibi=True, lengths=(330, 40), tpu=mosaic_tpu.Tiles(2, 64, 128)),
 )  # fmt: skip
 
 # Rarer: marked slow.
@@ -69,6 +73,8 @@ SLOW_CASES = (
          tpu=mosaic_tpu.Tiles(1, 256, 128)),
     Case("few_keys_window", 1, 330, 1, 1, 128, 128, window=100, lengths=(290,),
          gpu=mosaic_gpu.Tiles(2, 64, 3), tpu=mosaic_tpu.Tiles(1, 32, 128)),
+    Case("odd_chunks", 1, 330, 1, 1, 64, 64, window=90, attention_chunk_size=100, traced=True,
+         lengths=(290,), tpu=_Small),
     Case("long_tail", 3, 300, 1, 1, 64, 64, lengths=(300, 0, 129), tpu=_Small),
     Case("float32", 1, 200, 2, 1, 64, 64, dtype=F32, tpu=_Small),
     Case("float32_all", 2, 200, 4, 2, 128, 64, window=60, softcap=5.0, sinks=True, alibi=True,
@@ -85,6 +91,7 @@ MODEL_CASES = (
     *_model("llama3_70b_tp8", N=8, K=1, H=128, V=128),
     *_model("qwen3_30b", N=32, K=4, H=128, V=128),
     *_model("gemma3_27b", N=32, K=16, H=128, V=128, window=1024, scale=168**-0.5),
+    *_model("llama4_scout", N=40, K=8, H=128, V=128, attention_chunk_size=8192),
     *_model("deepseek_v3", N=128, K=128, H=192, V=128),
     *_model("gpt_oss_120b", N=64, K=8, H=64, V=64, window=128, sinks=True),
     # What is compared with cuDNN's records, and a batch of rows with tails.
@@ -104,7 +111,8 @@ def _refused(case: Case) -> bool:
     given = lambda x: True if x else None
     return cudnn.refusal(
         H=case.H, V=case.V, window=given(case.window) if case.traced else case.window,
-        softcap=case.softcap, sinks_N=given(case.sinks), alibi_N=given(case.alibi),
+        attention_chunk_size=case.attention_chunk_size, softcap=case.softcap,
+        sinks_N=given(case.sinks), alibi_N=given(case.alibi),
     ) is not None  # fmt: skip
 
 
@@ -131,6 +139,7 @@ def call(case: Case, impl: Impl, device: Device, *, interpret: Any = False, tile
         return flash_attention(
             q, k, v,
             window=window if case.traced else case.window,
+            attention_chunk_size=case.attention_chunk_size,
             scale=case.scale or case.H**-0.5, causal=case.causal, softcap=case.softcap,
             sinks_N=sinks, alibi_N=alibi, lengths_B=lengths,
             device=device, impl=impl, interpret=interpret, tiles=tiles,
@@ -144,7 +153,8 @@ def tuning_key(case: Case, device: Device) -> str:
     q, _, v, window, *_ = jax.eval_shape(
         lambda key: inputs(case, key, "reference"), jax.random.key(0)
     )
-    return key_of(q, v, causal=case.causal, window=window if case.traced else case.window)
+    bound = most(window if case.traced else case.window, case.attention_chunk_size)
+    return key_of(q, v, causal=case.causal, window=bound)
 
 
 def candidates(case: Case, device: Device) -> tuple:
@@ -158,7 +168,8 @@ def candidates(case: Case, device: Device) -> tuple:
             if q * first.heads <= 2048 and k <= case.T and q <= case.T
         ]
     elif device.platform == "cuda":
-        first = mosaic_gpu.tiles(case.H, case.V, device, case.window)
+        bound = most(case.window, case.attention_chunk_size)
+        first = mosaic_gpu.tiles(case.H, case.V, device, bound)
         others = [
             choice
             for warpgroups in (2, 3)
@@ -178,7 +189,7 @@ def work(case: Case) -> Work:
         2
         * (case.H + case.V)
         * case.N
-        * sum(mosaic_tpu.seen(n, case.causal, window) for n in lengths)
+        * sum(mosaic_tpu.seen(n, case.causal, window, case.attention_chunk_size) for n in lengths)
     )
     return Work(
         flops=flops(case.window),

@@ -10,7 +10,9 @@ import jax.numpy as jnp
 HEAD_DIM_MULTIPLE = 8
 
 
-def refusal(*, H, V, window, softcap, sinks_N, alibi_N) -> str | None:
+def refusal(
+    *, H, V, window, attention_chunk_size, softcap, sinks_N, alibi_N
+) -> str | None:  # fmt: skip
     """Why cuDNN does not take the arguments: a sentence that begins with the one at fault."""
     widest = max(H, V)
     if widest > 256 or H % HEAD_DIM_MULTIPLE or V % HEAD_DIM_MULTIPLE:
@@ -19,7 +21,10 @@ def refusal(*, H, V, window, softcap, sinks_N, alibi_N) -> str | None:
         return f"head_dim is {H} and {V}; cudnn takes a v no wider than q and k"
     if window is not None and not isinstance(window, int):
         return "window is traced; cudnn takes an int"
-    for name, x in (("softcap", softcap), ("sinks_N", sinks_N), ("alibi_N", alibi_N)):
+    for name, x in (
+        ("attention_chunk_size", attention_chunk_size), ("softcap", softcap), ("sinks_N", sinks_N),
+        ("alibi_N", alibi_N),
+    ):  # fmt: skip
         if x is not None:
             return f"{name} is given; cudnn takes None"
     return None

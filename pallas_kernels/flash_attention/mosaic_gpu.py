@@ -7,7 +7,7 @@ one exp2, which the MUFU unit makes at 1/256 of the wgmma rate at H = V = 128. H
     the product of p with V of this one are issued together, and p of the next tile is made while
     the latter runs), and between warpgroups, who take turns to issue;
     tiles are visited from the diagonal to the left, so that the mask is code of the first tiles
-    (and of the last ones under a window), and every row has met a visible key at once;
+    (and of the last ones under a window or in chunks), and every row has met a visible key at once;
     the longest query tiles start first, and kv heads are visited in groups whose K and V fit in
     half of L2: many query tiles read them while they are there;
     logits are kept in units of log2, the scale folded into the one multiply-add before exp2.
@@ -28,6 +28,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.devices import Device
 from pallas_kernels.flash_attention.key import tuning_key
 from pallas_kernels.hopper import ACC, WARPGROUP_ROWS, accumulate_from_registers, swizzled
+from pallas_kernels.reach import into_chunk, most, oldest
 from pallas_kernels.tuning import tuned
 
 LOG2_E = math.log2(math.e)
@@ -90,12 +91,13 @@ def fits(choice: Tiles, H: int, V: int, device: Device) -> bool:
 
 def flash_attention(
     q_BTNH, k_BTKH, v_BTKV, *,
-    scale, causal, window, softcap, sinks_N, alibi_N, lengths_B, device, choice=None,
-    interpret=False,
+    scale, causal, window, attention_chunk_size, softcap, sinks_N, alibi_N, lengths_B, device,
+    choice=None, interpret=False,
 ):  # fmt: skip
     """As pallas_kernels.flash_attention, whose checks have passed."""
     (B, T, N, H), (K, V) = q_BTNH.shape, v_BTKV.shape[2:]
-    shape = choice or best_tiles(q_BTNH, v_BTKV, causal, window, device)
+    bound = most(window, attention_chunk_size)
+    shape = choice or best_tiles(q_BTNH, v_BTKV, causal, bound, device)
     rows = shape.warpgroups * WARPGROUP_ROWS
     heads = _heads_together(T, N, K, H, V)
     scalars = {  # small arrays in device memory that the blocks read by index
@@ -107,7 +109,7 @@ def flash_attention(
     scalars = {name: x for name, x in scalars.items() if x is not None}
     body = partial(
         _body, names=tuple(scalars), heads=heads, scale=scale, causal=causal, window=window,
-        softcap=softcap, shape=shape,
+        size=attention_chunk_size, softcap=softcap, shape=shape,
     )  # fmt: skip
     dtype = q_BTNH.dtype
     smem = lambda *dims: plgpu.SMEM(dims, dtype, transforms=swizzled(dtype, dims[-1]))
@@ -158,10 +160,10 @@ class _Range(NamedTuple):
     last: jax.Array  # the rightmost key tile
     steps: jax.Array  # at least 1
     unmasked: jax.Array  # first step from which no key lies right of the diagonal, at least 1
-    left: jax.Array  # first step whose keys the window may cut, at most `steps`
+    left: jax.Array  # first step whose keys a window or chunk may cut, at most `steps`
 
 
-def _range(first_row, rows, keys, length, causal, window) -> _Range:
+def _range(first_row, rows, keys, length, causal, window, size) -> _Range:
     """For query rows first_row to first_row + rows, of which those below `length` are valid."""
     end = pl.cdiv(length, keys)  # one past the rightmost tile
     whole = lax.div(length, keys)  # tiles left of it are unmasked on the right
@@ -170,18 +172,17 @@ def _range(first_row, rows, keys, length, causal, window) -> _Range:
         whole = lax.div(first_row + 1, keys)
     end = jnp.maximum(end, 1)
     begin, cut = jnp.int32(0), jnp.int32(0)
-    if window is not None:
-        oldest = lambda row: jnp.maximum(row - window + 1, 0)
+    if window is not None or size is not None:
         # A tile of padding rows alone still visits one key tile: its rows become zeros later.
-        begin = jnp.minimum(lax.div(oldest(first_row), keys), end - 1)
-        cut = pl.cdiv(oldest(first_row + rows - 1), keys)
+        begin = jnp.minimum(lax.div(oldest(first_row, window, size), keys), end - 1)
+        cut = pl.cdiv(oldest(first_row + rows - 1, window, size), keys)
     steps = end - begin
     unmasked = jnp.clip(end - whole, 1, steps)
     return _Range(end - 1, steps, unmasked, jnp.clip(end - cut, unmasked, steps))
 
 
 def _body(
-    q_g, k_g, v_g, *refs, names, heads, scale, causal, window, softcap, shape,
+    q_g, k_g, v_g, *refs, names, heads, scale, causal, window, size, softcap, shape,
     q_s, k_s, v_s, q_ready, k_ready, v_ready, k_free, v_free, turn,
     o_s=None, sum_s=None, p_s=None,
 ):  # fmt: skip
@@ -198,7 +199,7 @@ def _body(
     if "window" in scalar:
         window = scalar["window"][0]
     length = scalar["lengths"][b] if "lengths" in scalar else jnp.int32(T)
-    span = _range(first_row, rows, jnp.int32(keys), length, causal, window)
+    span = _range(first_row, rows, jnp.int32(keys), length, causal, window, size)
     slot = lambda step: lax.rem(step, jnp.int32(stages))
 
     @pl.when(wg == warpgroups)
@@ -254,6 +255,11 @@ def _body(
                 seen = inside <= -behind if causal else iota(1) < length - behind - row0
                 if window is not None:
                     seen &= inside > -behind - window
+                if size is not None:
+                    row = plgpu.broadcasted_iota(
+                        jnp.int32, (WARPGROUP_ROWS,), 0, layout=layout.reduce(1)
+                    )
+                    seen &= inside >= -behind - wide(into_chunk(row + row0, size), keys)
                 s = jnp.where(seen, s, MASKED)
             return s
 
@@ -318,7 +324,7 @@ def _body(
             if causal and keys % rows:  # else the diagonal crosses but the first key tile
                 carry = lax.fori_loop(1, span.unmasked, partial(step_, masked=True), carry)
             carry = lax.fori_loop(span.unmasked, span.left, partial(step_, masked=False), carry)
-            if window is not None:
+            if window is not None or size is not None:
                 carry = lax.fori_loop(span.left, span.steps, partial(step_, masked=True), carry)
             m, total, p = carry
             pl.when(wg == 0)(partial(plgpu.barrier_wait, turn.at[0]))

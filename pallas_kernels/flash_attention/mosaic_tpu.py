@@ -22,6 +22,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.devices import Device
 from pallas_kernels.flash_attention.key import tuning_key
+from pallas_kernels.reach import into_chunk, most, oldest
 from pallas_kernels.tuning import tuned
 
 MASKED = -1e30  # logit of a key that is not seen
@@ -61,18 +62,19 @@ def _power_of_two(n: int) -> int:
 
 def flash_attention(
     q_BTNH, k_BTKH, v_BTKV, *,
-    scale, causal, window, softcap, sinks_N, alibi_N, lengths_B, device, choice=None,
-    interpret=False,
+    scale, causal, window, attention_chunk_size, softcap, sinks_N, alibi_N, lengths_B, device,
+    choice=None, interpret=False,
 ):  # fmt: skip
     """As pallas_kernels.flash_attention, whose checks have passed."""
     (B, T, N, H), (K, V) = q_BTNH.shape, v_BTKV.shape[2:]
-    heads, queries, keys = choice or best_tiles(q_BTNH, v_BTKV, causal, window, device)
+    bound, size = most(window, attention_chunk_size), attention_chunk_size
+    heads, queries, keys = choice or best_tiles(q_BTNH, v_BTKV, causal, bound, device)
     padded = -(-T // max(queries, keys)) * max(queries, keys)
     heads_first = lambda x: jnp.pad(
         jnp.swapaxes(x, 1, 2), ((0, 0), (0, 0), (0, padded - T), (0, 0))
     )
     constant = window if isinstance(window, int) else None
-    table = pairs(padded, T, queries, keys, causal, constant)
+    table = pairs(padded, T, queries, keys, causal, constant, size)
     scalars = {  # read by index maps and kernel from scalar memory
         "table": jnp.asarray(table),
         "window": None if window is None or isinstance(window, int) else jnp.reshape(window, (1,)),
@@ -90,17 +92,17 @@ def flash_attention(
         scalar = dict(zip(names, refs, strict=True))
         i, j = scalar["table"][0, p], scalar["table"][1, p]
         if "window" in scalar:
-            j = jnp.maximum(j, lax.div(_oldest(i * queries, scalar["window"][0]), keys))
+            j = jnp.maximum(j, lax.div(oldest(i * queries, scalar["window"][0], None), keys))
         if "lengths" in scalar:
             j = jnp.minimum(j, jnp.maximum(pl.cdiv(scalar["lengths"][b], keys) - 1, 0))
         return b, lax.div(n * heads, N // K), j, 0
 
     rows = heads * queries
-    visible = seen(T, causal, constant) * B * N
+    visible = seen(T, causal, constant, size) * B * N
     itemsize = q_BTNH.dtype.itemsize
     o_BNTV = pl.pallas_call(
         partial(
-            _kernel, names=names, T=T, scale=scale, causal=causal, window=constant,
+            _kernel, names=names, T=T, scale=scale, causal=causal, window=constant, size=size,
             softcap=softcap,
         ),
         out_shape=jax.ShapeDtypeStruct((B, N, padded, V), q_BTNH.dtype),
@@ -134,37 +136,42 @@ def flash_attention(
     return jnp.swapaxes(o_BNTV[:, :, :T], 1, 2)
 
 
-def seen(T: int, causal: bool, window: int | None) -> int:
-    """Pairs of a query and a key that it sees, in a row of T tokens."""
+def seen(T: int, causal: bool, window: int | None, size: int | None) -> int:
+    """Pairs of a query and a key that it sees, in a row of T tokens; `size` is the
+    attention_chunk_size."""
     if not causal:
         return T * T
-    short = min(window or T, T)  # queries whose window reaches past the first token
-    return short * (short + 1) // 2 + (T - short) * short
+    whole, rest = divmod(T, size or T)
+
+    def in_chunk(n: int) -> int:
+        short = min(window or n, n)  # queries whose window reaches past the first token
+        return short * (short + 1) // 2 + (n - short) * short
+
+    return whole * in_chunk(size or T) + in_chunk(rest)
 
 
-def _oldest(query, window):
-    """Position of the oldest key that a query's window holds."""
-    return jnp.maximum(query - window + 1, 0)
-
-
-def pairs(padded, T, queries, keys, causal, window) -> np.ndarray:
+def pairs(padded, T, queries, keys, causal, window, size) -> np.ndarray:
     """[3, P] int32: query tile, key tile, and flags of each pair that may see each other."""
     found = []
+
+    def oldest(query: int) -> int:
+        in_window = 0 if window is None else query - window + 1
+        return max(in_window, 0 if size is None else query // size * size, 0)
+
     for i in range(padded // queries):
         end = -(-min((i + 1) * queries, T) // keys) if causal else -(-T // keys)
-        begin = 0 if window is None else max(i * queries - window + 1, 0) // keys
+        begin, last = oldest(i * queries) // keys, oldest((i + 1) * queries - 1)
         # A tile of padding alone still visits one key tile: its output must be written.
         begin, end = min(begin, max(end - 1, 0)), max(end, 1)
         for j in range(begin, end):
             cut = (j + 1) * keys > (i * queries + 1 if causal else T)
-            if window is not None:
-                cut |= j * keys < (i + 1) * queries - window
+            cut |= j * keys < last
             flags = FIRST * (j == begin) | LAST * (j == end - 1) | PARTIAL * cut
             found.append((i, j, flags))
     return np.asarray(found, np.int32).T
 
 
-def _kernel(*refs, names, T, scale, causal, window, softcap):
+def _kernel(*refs, names, T, scale, causal, window, size, softcap):
     scalar = dict(zip(names, refs, strict=False))
     q_ref, k_ref, v_ref, o_ref, peak_ref, total_ref, sum_ref = refs[len(names) :]
     b, n, p = (pl.program_id(axis) for axis in range(3))
@@ -212,6 +219,8 @@ def _kernel(*refs, names, T, scale, causal, window, softcap):
                 visible = behind >= 0 if causal else key < (T if length is None else length)
                 if window is not None:
                     visible &= behind < window
+                if size is not None:
+                    visible &= behind <= into_chunk(query, size)
                 s_hqk = jnp.where(jnp.broadcast_to(visible[None], s_hqk.shape), s_hqk, MASKED)
             s = s_hqk.reshape(rows, keys)
         peak = peak_ref[:, :1]
@@ -228,7 +237,7 @@ def _kernel(*refs, names, T, scale, causal, window, softcap):
     some = flags >= 0
     if "window" in scalar:
         cut |= j * keys < (i + 1) * queries - window
-        some &= (j + 1) * keys > _oldest(i * queries, window)
+        some &= (j + 1) * keys > oldest(i * queries, window, None)
     if length is not None:
         some &= (j * keys < length) & (i * queries < length)
         if not causal:

@@ -9,14 +9,16 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.reach import oldest
+
 BLOCK = 256  # queries, and keys, visited at once
 MASKED = -1e30  # logit of a key that is not seen
 FLOOR = -1e20  # where a row's largest logit starts: a masked one never comes near
 
 
 def definition(
-    q_BTNH, k_BTKH, v_BTKV, *, scale, causal, window, softcap, sinks_N, alibi_N, lengths_B,
-    distance_bias_NX=None,
+    q_BTNH, k_BTKH, v_BTKV, *, scale, causal, window, attention_chunk_size, softcap, sinks_N,
+    alibi_N, lengths_B, distance_bias_NX=None,
 ):  # fmt: skip
     """Softmax over every key, masked."""
     (B, T, N, H), (K, V) = q_BTNH.shape, v_BTKV.shape[2:]
@@ -26,7 +28,7 @@ def definition(
     s_BKGts = jnp.einsum("BtKGH,BsKH->BKGts", q_BTKGH, k_BTKH) * scale
     length_B = jnp.full((B,), T) if lengths_B is None else lengths_B
     pos_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
-    seen_Bts = _seen(pos_BT[0], pos_BT[0], length_B, causal, window)
+    seen_Bts = _seen(pos_BT[0], pos_BT[0], length_B, causal, window, attention_chunk_size)
     s_BKGts = _adjust(s_BKGts, pos_BT[0], pos_BT[0], softcap, alibi_N, distance_bias_NX)
     sinks_KG = None if sinks_N is None else sinks_N.reshape(1, K, N // K, 1, 1)
     s_BKGts = jnp.where(seen_Bts[:, None, None], s_BKGts, MASKED)
@@ -40,8 +42,8 @@ def definition(
 
 
 def attend(
-    q_BTNH, k_BTKH, v_BTKV, *, scale, causal, window, softcap, sinks_N, alibi_N, lengths_B,
-    distance_bias_NX=None,
+    q_BTNH, k_BTKH, v_BTKV, *, scale, causal, window, attention_chunk_size, softcap, sinks_N,
+    alibi_N, lengths_B, distance_bias_NX=None,
 ):  # fmt: skip
     """Equal to `definition`, differentiable, and under vmap."""
     (B, T, N, H), (K, V) = q_BTNH.shape, v_BTKV.shape[2:]
@@ -77,8 +79,8 @@ def attend(
             peak, total, o_BKGtV = carry
             s = jnp.einsum("BKGtH,BKsH->BKGts", q_BKGtH, k_BKsH.astype(jnp.float32))
             s = _adjust(s, query_t, key_s, softcap, alibi_N, distance_bias_NX)
-            seen = _seen(query_t, key_s, length_B, causal, window)[:, None, None]
-            s = jnp.where(seen, s, MASKED)
+            seen_Bts = _seen(query_t, key_s, length_B, causal, window, attention_chunk_size)
+            s = jnp.where(seen_Bts[:, None, None], s, MASKED)
             new_peak = jnp.maximum(peak, lax.stop_gradient(s).max(-1, keepdims=True))
             p = jnp.exp(s - new_peak)
             shrink = jnp.exp(peak - new_peak)
@@ -91,8 +93,7 @@ def attend(
             some = j * block < longest
             if causal:
                 some &= j <= i
-            if window is not None:
-                some &= (j + 1) * block > i * block - window + 1
+                some &= (j + 1) * block > oldest(i * block, window, attention_chunk_size)
             visited = lambda c: visit(c, k_BKsH, v_BKsV, j * block + inside)
             return lax.cond(some, visited, lambda c: c, carry), None
 
@@ -111,14 +112,12 @@ def attend(
     return jnp.where(valid_BT[..., None, None], o_BTNV, 0.0).astype(q_BTNH.dtype)
 
 
-def _seen(query_t, key_s, length_B, causal, window):
+def _seen(query_t, key_s, length_B, causal, window, attention_chunk_size):
     """[B, t, s]: which keys a query sees."""
-    behind_ts = query_t[:, None] - key_s[None]
-    seen_ts = jnp.ones(behind_ts.shape, bool)
+    seen_ts = jnp.ones((query_t.size, key_s.size), bool)
     if causal:
-        seen_ts &= behind_ts >= 0
-    if window is not None:
-        seen_ts &= behind_ts < window
+        first_t = oldest(query_t, window, attention_chunk_size)
+        seen_ts = (key_s[None] <= query_t[:, None]) & (key_s[None] >= first_t[:, None])
     return seen_ts[None] & (key_s[None, None] < length_B[:, None, None])
 
 

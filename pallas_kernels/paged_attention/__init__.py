@@ -16,6 +16,7 @@ from pallas_kernels.devices import Device, Impl, mosaic
 from pallas_kernels.paged_attention import reference
 from pallas_kernels.paged_attention.layout import FP8, PackedPages, Pages, Ragged, Scales
 from pallas_kernels.paged_attention.tiles import PhaseTiles
+from pallas_kernels.reach import check_chunk_size
 
 __all__ = [
     "Impl", "PackedPages", "Pages", "PhaseTiles", "Ragged", "Scales", "attend", "cache_shapes",
@@ -92,6 +93,7 @@ def write_and_attend(
     ragged: Ragged,
     *,
     window: int | Int[Array, ""],
+    attention_chunk_size: int | None = None,
     scale: float,
     decode_only: bool,
     softcap: float | None = None,
@@ -107,8 +109,9 @@ def write_and_attend(
     """Write k and v of the step's tokens into `layer` of the cache, then attend to it.
 
     Token t goes to page page_T[t], slot slot_T[t]; padding tokens go to a page nobody reads.
-    Each query sees the `window` latest tokens up to itself. A score is `scale` times q·k, in
-    float32, then softcap * tanh(score / softcap), then plus
+    Each query sees the `window` latest tokens up to itself, of those the ones of its own chunk
+    where each row's tokens, from its first, are cut into chunks of `attention_chunk_size`. A score
+    is `scale` times q·k, in float32, then softcap * tanh(score / softcap), then plus
     alibi_N[n] * (key position - query position), and with X = 2 M + 1 distance_bias_NX[n, M + d],
     d being key position - query position, cut to -M and M; exp(sinks_N[n]) joins the softmax's
     denominator. Kernels take no distance_bias_NX.
@@ -131,12 +134,14 @@ def write_and_attend(
     _check_new(q_TNH, k_TKH, v_TKH, page_T, slot_T)
     _check_step(q_TNH, K, ragged, decode_only)
     _check_options(q_TNH, K, dtype, scale, softcap, sinks_N, alibi_N, distance_bias_NX, kv_scales)
+    check_chunk_size(attention_chunk_size)
     _check_pages(impl, pages, K, q_TNH.shape[2])
     _check_places(pages, page_T, slot_T)
     _check_table(pages, ragged)
     options: dict[str, Any] = {
-        "window": window, "scale": scale, "decode_only": decode_only, "softcap": softcap,
-        "sinks_N": sinks_N, "alibi_N": alibi_N, "kv_scales": kv_scales,
+        "window": window, "attention_chunk_size": attention_chunk_size, "scale": scale,
+        "decode_only": decode_only, "softcap": softcap, "sinks_N": sinks_N, "alibi_N": alibi_N,
+        "kv_scales": kv_scales,
     }  # fmt: skip
     if impl == "reference" and isinstance(pages, Pages):  # _check_pages saw to that
         pages = Pages(*reference.write(k_TKH, v_TKH, *pages, layer, page_T, slot_T, kv_scales))
@@ -202,9 +207,9 @@ def attend(
         how = {"window": FOREVER, "scale": scale, "decode_only": decode_only}
         return reference.attend(q_TNH, *pages, layer, *ragged, **how)
     return _kernel(impl).attend(
-        q_TNH, pages, layer, ragged, window=FOREVER, scale=scale, decode_only=decode_only,
-        softcap=None, sinks_N=None, alibi_N=None, kv_scales=None, device=device,
-        interpret=interpret, tiles=PhaseTiles(None, None),
+        q_TNH, pages, layer, ragged, window=FOREVER, attention_chunk_size=None, scale=scale,
+        decode_only=decode_only, softcap=None, sinks_N=None, alibi_N=None, kv_scales=None,
+        device=device, interpret=interpret, tiles=PhaseTiles(None, None),
     )  # fmt: skip
 
 

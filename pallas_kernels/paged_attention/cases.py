@@ -20,6 +20,7 @@ from pallas_kernels.paged_attention import (
 )
 from pallas_kernels.paged_attention import tiles as tiling
 from pallas_kernels.paged_attention.layout import FP8
+from pallas_kernels.reach import most
 
 FULL = 2**30  # a window that never ends
 UNREAD = 1e4  # what every slot holds that nobody may read; 8-bit caches hold at most 448
@@ -39,6 +40,7 @@ class Case(NamedTuple):
     H: int  # head_dim
     S: int  # tokens per page
     window: int = FULL
+    attention_chunk_size: int | None = None
     padding: int = 0  # tokens and rows beside those
     softcap: float | None = None
     scale: float | None = None  # None: H ** -0.5
@@ -59,6 +61,8 @@ CPU_CASES = tuple(c._replace(dtype=F32) for c in (
     Case("prefill_many", (70, 3, 12), (0, 130, 9), N=4, K=4, H=8, S=4, padding=3),
     Case("mixed", (1, 1, 40, 17), (99, 300, 0, 21), N=8, K=4, H=32, S=16, padding=5),
     Case("window", (1, 1, 40), (99, 300, 150), N=4, K=2, H=16, S=8, window=24, padding=2),
+    Case("chunked", (1, 1, 70), (98, 299, 150), N=4, K=2, H=16, S=8, attention_chunk_size=32,
+         padding=2),
     Case("page_of_one", (1, 9), (11, 3), N=4, K=2, H=8, S=1),
     Case("softcap", (1, 20), (30, 10), N=4, K=2, H=16, S=8, softcap=2.0),
     Case("sinks", (1, 20), (30, 10), N=4, K=2, H=16, S=8, sinks=True, window=16, padding=1),
@@ -83,13 +87,17 @@ KERNEL_CASES = (
     Case("rows_of_both", (1, 1, 40, 17), (99, 300, 0, 21), N=8, K=2, H=64, S=64, padding=5),
     Case("short_window", (1, 1, 40), (99, 300, 150), N=4, K=2, H=64, S=64, window=24, padding=2),
     Case("one_page_window", (1, 90), (300, 150), N=4, K=1, H=64, S=64, window=64),
+    Case("chunked", (1, 1, 70), (100, 255, 150), N=4, K=2, H=64, S=64, attention_chunk_size=64,
+         padding=1),
+    Case("odd_chunks", (1, 70), (300, 150), N=4, K=1, H=64, S=64, attention_chunk_size=100,
+         window=70, sinks=True),
     Case("softcapped", (1, 70), (90, 20), N=4, K=2, H=64, S=64, softcap=5.0),
     Case("sunk", (1, 70), (90, 80), N=4, K=2, H=64, S=64, sinks=True, window=50),
     Case("sloped", (1, 70), (90, 20), N=3, K=1, H=64, S=64, alibi=True),
     Case("fp8_pages", (1, 1, 70), (90, 3, 20), N=4, K=2, H=128, S=64, kv_dtype=FP8, padding=1),
     Case("fp8_head_80", (1, 20), (90, 60), N=2, K=1, H=80, S=64, kv_dtype=FP8),
-    Case("all_at_once", (1, 70), (200, 90), N=6, K=2, H=128, S=64, window=100, padding=1,
-         softcap=9.0, sinks=True, alibi=True, kv_dtype=FP8),
+    Case("all_at_once", (1, 70), (200, 90), N=6, K=2, H=128, S=64, window=100,
+         attention_chunk_size=128, padding=1, softcap=9.0, sinks=True, alibi=True, kv_dtype=FP8),
 )  # fmt: skip
 CASES = (*CPU_CASES, *KERNEL_CASES)
 
@@ -111,6 +119,7 @@ MODEL_CASES = (
     *_model("llama3_70b_tp8", N=8, K=1, H=128),
     *_model("qwen3_30b", N=32, K=4, H=128),
     *_model("gemma3_27b", N=32, K=16, H=128, window=1024, scale=168**-0.5),
+    *_model("llama4_scout", N=40, K=8, H=128, attention_chunk_size=8192),
     *_model("gpt_oss_120b", N=64, K=8, H=64, window=128, sinks=True),
     Case("llama3_8b_one_long", (1,), (131071,), N=32, K=8, H=128, S=64),
 )  # fmt: skip
@@ -222,9 +231,9 @@ def call(
             window = case.window  # its cost estimate knows the window only where it is static
         return write_and_attend(
             q, k, v, pages, layer, page_T, slot_T, ragged,
-            window=window, scale=case.scale or case.H**-0.5, softcap=case.softcap,
-            sinks_N=sinks, alibi_N=alibi, kv_scales=kv_scales,
-            decode_only=phase(case) == "decode",
+            window=window, attention_chunk_size=case.attention_chunk_size,
+            scale=case.scale or case.H**-0.5, softcap=case.softcap, sinks_N=sinks, alibi_N=alibi,
+            kv_scales=kv_scales, decode_only=phase(case) == "decode",
             device=device, impl=impl, tiles=chosen, interpret=interpret,
         )  # fmt: skip
 
@@ -235,7 +244,7 @@ def tuning_key(case: Case, device: Device) -> str:
     if device.platform == "tpu":
         from pallas_kernels.paged_attention import mosaic_tpu_tiles
 
-        return mosaic_tpu_tiles.key_of(_tpu_program(case, device), _count(case), case.window)
+        return mosaic_tpu_tiles.key_of(_tpu_program(case, device), _count(case), _bound(case))
     return tiling.tuning_key(phase(case), _count(case), _shape(case), None)
 
 
@@ -252,10 +261,14 @@ def candidates(case: Case, device: Device) -> tuple:
 
         program = _tpu_program(case, device)
         if phase(case) == "decode":
-            return tpu.decode_candidates(program, case.window, device)[:CANDIDATES]
-        how = (program, _count(case), case.window, device)
+            return tpu.decode_candidates(program, _bound(case), device)[:CANDIDATES]
+        how = (program, _count(case), _bound(case), device)
         return tpu.prefill_candidates(*how)[:CANDIDATES]
     return ()
+
+
+def _bound(case: Case) -> int:
+    return most(case.window, case.attention_chunk_size)
 
 
 def _count(case: Case) -> int:
@@ -276,8 +289,9 @@ def _tpu_program(case: Case, device: Device):
     decode = mosaic_tpu.program(
         N=case.N, K=case.K, H=case.H, S=case.S, M=layout(case).ragged.pages_RM.shape[1],
         cores=device.cores, dtype=case.dtype, kv_dtype=_shape(case).kv_dtype,
-        scale=case.scale or case.H**-0.5, softcap=case.softcap, sinks=case.sinks,
-        alibi=case.alibi, kv_scales=case.kv_dtype == FP8, interpret=False,
+        scale=case.scale or case.H**-0.5, attention_chunk_size=case.attention_chunk_size,
+        softcap=case.softcap, sinks=case.sinks, alibi=case.alibi,
+        kv_scales=case.kv_dtype == FP8, interpret=False,
     )  # fmt: skip
     return decode if phase(case) == "decode" else mosaic_tpu.prefill_of(decode)
 
@@ -303,15 +317,22 @@ def seen(case: Case) -> int:
     """Pairs of a query and a key that it sees."""
     total = 0
     for new, old in zip(case.queries, case.cached, strict=True):
-        total += int(np.minimum(np.arange(old + 1, old + new + 1), case.window).sum())
+        total += int((np.arange(old, old + new) - _oldest(case, old, old + new) + 1).sum())
     return total
+
+
+def _oldest(case: Case, begin: int, end: int) -> np.ndarray:
+    """Of the queries at positions begin to end, the oldest key that each sees."""
+    pos_n = np.arange(begin, end)
+    size = case.attention_chunk_size
+    return np.maximum(pos_n - case.window + 1, 0 if size is None else pos_n // size * size).clip(0)
 
 
 def work(case: Case) -> Work:
     kv_bytes = jnp.dtype(case.kv_dtype or case.dtype).itemsize
     one = case.K * case.H * kv_bytes  # k or v of a token
     read = sum(
-        min(old, case.window + new - 2) + new
+        new + old - int(_oldest(case, old, old + 1)[0])
         for new, old in zip(case.queries, case.cached, strict=True)
     )
     tokens = num_tokens(case) * case.H * jnp.dtype(case.dtype).itemsize

@@ -40,15 +40,15 @@ def refuse(
 
 
 def write_and_attend(
-    q_TNH, k_TKH, v_TKH, pages: Pages, layer, page_T, slot_T, ragged: Ragged, *, window, scale,
-    decode_only, softcap, sinks_N, alibi_N, kv_scales, device: Device, interpret: Any,
-    tiles: PhaseTiles,
+    q_TNH, k_TKH, v_TKH, pages: Pages, layer, page_T, slot_T, ragged: Ragged, *, window,
+    attention_chunk_size, scale, decode_only, softcap, sinks_N, alibi_N, kv_scales, device: Device,
+    interpret: Any, tiles: PhaseTiles,
 ):  # fmt: skip
     pages = write(k_TKH, v_TKH, pages, layer, page_T, slot_T, kv_scales)
     o_TNH = attend(
-        q_TNH, pages, layer, ragged, window=window, scale=scale, decode_only=decode_only,
-        softcap=softcap, sinks_N=sinks_N, alibi_N=alibi_N, kv_scales=kv_scales, device=device,
-        interpret=interpret, tiles=tiles,
+        q_TNH, pages, layer, ragged, window=window, attention_chunk_size=attention_chunk_size,
+        scale=scale, decode_only=decode_only, softcap=softcap, sinks_N=sinks_N, alibi_N=alibi_N,
+        kv_scales=kv_scales, device=device, interpret=interpret, tiles=tiles,
     )  # fmt: skip
     return o_TNH, pages
 
@@ -64,8 +64,8 @@ def write(k_TKH, v_TKH, pages: Pages, layer, page_T, slot_T, kv_scales) -> Pages
 
 
 def attend(
-    q_TNH, pages: Pages, layer, ragged: Ragged, *, window, scale, decode_only, softcap, sinks_N,
-    alibi_N, kv_scales, device: Device, interpret: Any, tiles: PhaseTiles,
+    q_TNH, pages: Pages, layer, ragged: Ragged, *, window, attention_chunk_size, scale, decode_only,
+    softcap, sinks_N, alibi_N, kv_scales, device: Device, interpret: Any, tiles: PhaseTiles,
 ):  # fmt: skip
     (T, N, H), K = q_TNH.shape, pages.k_LPKSH.shape[2]
     G = N // K
@@ -78,8 +78,9 @@ def attend(
     q_TKGH = _queries(q_TNH, K, compute_dtype(kv_dtype))
     heads_KG4 = _per_head(N, K, scale, kv_scales, sinks_N, alibi_N)
     options = {
-        "window": window, "softcap": softcap, "alibi": alibi_N is not None,
-        "sinks": sinks_N is not None, "dtype": q_TNH.dtype, "interpret": interpret or None,
+        "window": window, "attention_chunk_size": attention_chunk_size, "softcap": softcap,
+        "alibi": alibi_N is not None, "sinks": sinks_N is not None, "dtype": q_TNH.dtype,
+        "interpret": interpret or None,
     }  # fmt: skip
     R = min(T, ragged.pages_RM.shape[0])
     o_RNH = decode(

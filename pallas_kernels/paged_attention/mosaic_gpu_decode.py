@@ -36,6 +36,7 @@ from pallas_kernels.paged_attention.mosaic_gpu_blocks import (
     finish,
     product,
 )
+from pallas_kernels.reach import oldest
 
 LEAST_CHUNK = 4  # blocks: less is not worth a merge
 LARGE_CHUNK = 16  # blocks: a merge costs little, and workers' shares differ by at most this
@@ -79,7 +80,7 @@ class Shares(NamedTuple):
 
 class RowPlan(NamedTuple):
     length: Any
-    first: Any  # block that the window reaches
+    first: Any  # block that the query sees
     blocks: Any  # from there
     chunk: Any  # blocks of a chunk; the last may have fewer
     blocks_before: Any  # of other rows, for one kv head
@@ -95,12 +96,15 @@ class RowPlan(NamedTuple):
         return lax.div(self.blocks + self.chunk - 1, self.chunk)
 
 
-def shares(ragged: Ragged, window, *, K: int, tiles: DecodeTiles, cuts: Chunking) -> Shares:
+def shares(
+    ragged: Ragged, window, size: int | None, *, K: int, tiles: DecodeTiles, cuts: Chunking
+) -> Shares:
+    """`size` is the attention_chunk_size."""
     R = ragged.kv_len_R.shape[0]
     r = jnp.arange(R, dtype=INT)
     live_R = r < jnp.minimum(ragged.num_decodes, ragged.num_rows)
     len_R = jnp.where(live_R, ragged.kv_len_R, 0).astype(INT)
-    first_R = jnp.maximum(len_R - window, 0) // tiles.block
+    first_R = oldest(len_R - 1, window, size) // tiles.block
     blocks_R = (len_R + tiles.block - 1) // tiles.block - first_R
     chunk_R = jnp.clip((blocks_R + cuts.usual - 1) // cuts.usual, LEAST_CHUNK, cuts.cap)
     chunks_R = (blocks_R + chunk_R - 1) // chunk_R
@@ -119,8 +123,9 @@ def shares(ragged: Ragged, window, *, K: int, tiles: DecodeTiles, cuts: Chunking
 
 
 def decode(
-    q_RKgH, k_LPKSH, v_LPKSH, layer, ragged: Ragged, heads_K4g, *, window, G: int, softcap, alibi,
-    sinks: bool, dtype: Any, tiles: DecodeTiles, interpret: Any,
+    q_RKgH, k_LPKSH, v_LPKSH, layer, ragged: Ragged, heads_K4g, *, window,
+    attention_chunk_size: int | None, G: int, softcap, alibi, sinks: bool, dtype: Any,
+    tiles: DecodeTiles, interpret: Any,
 ):  # fmt: skip
     """o_RNH of the first num_decodes rows, zeros for the others. Of a kv head's g queries the
     first G are real; g is a multiple of 8."""
@@ -130,19 +135,19 @@ def decode(
     most = -(-ragged.pages_RM.shape[1] * k_LPKSH.shape[3] // tiles.block)
     tiles = tiles._replace(workers=min(tiles.workers, R * K * -(-most // LEAST_CHUNK)))
     cuts = chunking(R, K, most, tiles, 4 * values * g)
-    table = shares(ragged, window, K=K, tiles=tiles, cuts=cuts)
+    table = shares(ragged, window, attention_chunk_size, K=K, tiles=tiles, cuts=cuts)
     ring = Ring(
         tiles.block, k_LPKSH.shape[3], H, values, k_LPKSH.dtype, tiles.stages, tiles.raw_stages, 1
     )
     scalars = jnp.stack([jnp.asarray(layer, INT), jnp.asarray(window, INT)])
     partial_o, partial_ml = _attend(
-        ring, tiles, cuts.slots, softcap, alibi, interpret,
+        ring, tiles, cuts.slots, attention_chunk_size, softcap, alibi, interpret,
         (q_RKgH, k_LPKSH, v_LPKSH, heads_K4g, *table, ragged.pages_RM.astype(INT), scalars),
     )  # fmt: skip
     return _merge(partial_o, partial_ml, heads_K4g, table, (R, K, G, H), sinks, dtype, interpret)
 
 
-def _attend(ring: Ring, tiles, slots, softcap, alibi, interpret, operands):
+def _attend(ring: Ring, tiles, slots, size, softcap, alibi, interpret, operands):
     dtype, block, values = compute_dtype(ring.kv_dtype), ring.block, ring.value_columns
     _, K, g, _ = operands[0].shape
 
@@ -217,6 +222,7 @@ def _attend(ring: Ring, tiles, slots, softcap, alibi, interpret, operands):
             def visit(nth, row, plan, head, chunk, blocks, done):
                 side = lax.rem(nth, INT(2))
                 block = plan.first + chunk * plan.chunk
+                first_key = oldest(plan.length - 1, window, size)
                 scale_g = plgpu.load(heads_g.at[head, 0], layout=COLUMN, optimized=False)
                 slope_g = plgpu.load(heads_g.at[head, 3], layout=COLUMN, optimized=False)
                 plgpu.barrier_wait(q_full.at[side])
@@ -236,7 +242,7 @@ def _attend(ring: Ring, tiles, slots, softcap, alibi, interpret, operands):
                     behind = plan.length - 1 - pos
                     if alibi:
                         s = s - wide(slope_g) * behind.astype(jnp.float32)
-                    s = jnp.where((behind >= 0) & (behind < window), s, MASKED)
+                    s = jnp.where((behind >= 0) & (pos >= first_key), s, MASKED)
                     new_m = jnp.maximum(m, s.max(axis=0))
                     shrink = jnp.exp2(m - new_m)
                     p = jnp.exp2(s - wide(new_m))

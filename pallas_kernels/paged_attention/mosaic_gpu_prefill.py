@@ -36,6 +36,7 @@ from pallas_kernels.paged_attention.mosaic_gpu_blocks import (
     filled,
     finish,
 )
+from pallas_kernels.reach import into_chunk, oldest
 
 HALF = 64  # rows of a computing warpgroup
 TILE = 2 * HALF
@@ -68,9 +69,10 @@ class Tile(NamedTuple):
     stop: Any
 
 
-def tile_table(ragged: Ragged, window, *, T: int, G: int, block: int) -> tuple:
+def tile_table(ragged: Ragged, window, size: int | None, *, T: int, G: int, block: int) -> tuple:
     """(Tile as columns [tiles, 10], number of tiles): the prefill rows' tiles and, as one more row
-    that sees nothing, the padding tokens': their outputs are zeros."""
+    that sees nothing, the padding tokens': their outputs are zeros. `size` is the
+    attention_chunk_size."""
     R = ragged.kv_len_R.shape[0]
     r = jnp.arange(R + 1, dtype=INT)
     start_R = ragged.start_R.astype(INT)  # of the padding too: it starts where the last row ends
@@ -93,21 +95,22 @@ def tile_table(ragged: Ragged, window, *, T: int, G: int, block: int) -> tuple:
     high = (jnp.minimum(first + TILE, end) - 1) // G + shift
     sees = (length > 0) & (i >= 0)
     stop = jnp.where(sees, high // block + 1, 0)
-    begin = jnp.where(sees, jnp.maximum(low - window + 1, 0) // block, 0)
-    whole = jnp.clip((high - window + block) // block, begin, stop)
+    begin = jnp.where(sees, oldest(low, window, size) // block, 0)
+    whole = jnp.clip((oldest(high, window, size) + block - 1) // block, begin, stop)
     cut = jnp.clip((low + 1) // block, whole, stop)
     columns = Tile(row, first, start, end, shift, length, begin, whole, cut, stop)
     return jnp.stack([c.astype(INT) for c in columns], 1), total.astype(INT)
 
 
 def prefill(
-    q_KXH, k_LPKSH, v_LPKSH, layer, ragged: Ragged, heads_KG4, *, T: int, window, softcap,
-    alibi: bool, sinks: bool, dtype, tiles: PrefillTiles, interpret: Any,
+    q_KXH, k_LPKSH, v_LPKSH, layer, ragged: Ragged, heads_KG4, *, T: int, window,
+    attention_chunk_size: int | None, softcap, alibi: bool, sinks: bool, dtype,
+    tiles: PrefillTiles, interpret: Any,
 ):  # fmt: skip
     """o_TNH of the rows from num_decodes on, zeros for padding tokens; the tokens of decode rows
     are left unwritten. q_KXH holds pair after pair, and TILE more."""
     (K, _, H), G = q_KXH.shape, heads_KG4.shape[1]
-    table, total = tile_table(ragged, window, T=T, G=G, block=tiles.block)
+    table, total = tile_table(ragged, window, attention_chunk_size, T=T, G=G, block=tiles.block)
     ring = Ring(
         tiles.block, k_LPKSH.shape[3], H, H, k_LPKSH.dtype, tiles.stages, tiles.raw_stages,
         COMPUTING,
@@ -119,12 +122,12 @@ def prefill(
     operands = (q_KXH, k_LPKSH, v_LPKSH, heads_KG4[:, 0, :2], table, ragged.pages_RM.astype(INT))
     per_row = (row_K2n,) if alibi or sinks else ()
     return _attend(
-        ring, (T, K * G, H, G), softcap, alibi, sinks, dtype, interpret,
+        ring, (T, K * G, H, G), attention_chunk_size, softcap, alibi, sinks, dtype, interpret,
         (*operands, scalars, *per_row),
     )  # fmt: skip
 
 
-def _attend(ring: Ring, shape, softcap, alibi, sinks, out_dtype, interpret, operands):
+def _attend(ring: Ring, shape, size, softcap, alibi, sinks, out_dtype, interpret, operands):
     (T, N, H, G), block, dtype = shape, ring.block, compute_dtype(ring.kv_dtype)
     folded = softcap is None and not alibi  # scale and maximum are one multiply-add with q·k
     registers = CONVERTING if ring.raw else (COMPUTING_REGISTERS, FETCHING_REGISTERS)
@@ -191,7 +194,10 @@ def _attend(ring: Ring, shape, softcap, alibi, sinks, out_dtype, interpret, oper
                     if alibi:
                         s = s - across(slope) * behind.astype(jnp.float32)
                     if masked:
-                        s = jnp.where((behind >= 0) & (behind < window), s, MASKED)
+                        seen = (behind >= 0) & (behind < window)
+                        if size is not None:
+                            seen &= behind <= across(into_chunk(pos, size))
+                        s = jnp.where(seen, s, MASKED)
                 factor = scale if folded else jnp.float32(1)
                 new_m = jnp.maximum(m, s.max(axis=1) * factor)
                 shrink = jnp.exp2(m - new_m)

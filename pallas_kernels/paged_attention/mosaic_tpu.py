@@ -34,6 +34,7 @@ from pallas_kernels.paged_attention.mosaic_tpu_tiles import best_decode, best_pr
 from pallas_kernels.paged_attention.mosaic_tpu_words import LANES, packing
 from pallas_kernels.paged_attention.reference import stored
 from pallas_kernels.paged_attention.tiles import PhaseTiles
+from pallas_kernels.reach import most
 
 DTYPES = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16), FP8)
 MAX_HEAD_DIM = 256
@@ -84,13 +85,15 @@ def unpack(pages: PackedPages, *, num_kv_heads: int, head_dim: int) -> Pages:
 
 def program(
     *, N: int, K: int, H: int, S: int, M: int, cores: int, dtype: Any, kv_dtype: Any, scale: float,
-    softcap: float | None, sinks: bool, alibi: bool, kv_scales: bool, interpret: bool,
+    attention_chunk_size: int | None, softcap: float | None, sinks: bool, alibi: bool,
+    kv_scales: bool, interpret: bool,
 ) -> Program:  # fmt: skip
     """Decode's, before its tiles are chosen."""
     return Program(
         tiles=Tiles(1, S, S, 1), N=N, kv=packing(K, H, kv_dtype), q=packing(K, H, dtype), S=S, M=M,
-        cores=cores, dtype=dtype, kv_dtype=kv_dtype, scale=scale, softcap=softcap, sinks=sinks,
-        alibi=alibi, kv_scales=kv_scales, interpret=interpret,
+        cores=cores, dtype=dtype, kv_dtype=kv_dtype, scale=scale,
+        attention_chunk_size=attention_chunk_size, softcap=softcap, sinks=sinks, alibi=alibi,
+        kv_scales=kv_scales, interpret=interpret,
     )  # fmt: skip
 
 
@@ -110,6 +113,7 @@ def write_and_attend(
     ragged: Ragged,
     *,
     window,
+    attention_chunk_size: int | None,
     scale: float,
     decode_only: bool,
     softcap: float | None,
@@ -132,16 +136,18 @@ def write_and_attend(
     qo_TWpH = layout.pack_q(q_TNH)
     constants = {"sinks": sinks_N, "alibi": alibi_N}
     constants |= {"k_scale": kv_scales.k_K, "v_scale": kv_scales.v_K} if kv_scales else {}
+    bound = most(window, attention_chunk_size)
     run = partial(
-        _run, ragged, layer, window, {k: x for k, x in constants.items() if x is not None},
+        _run, ragged, layer, window, bound, {k: x for k, x in constants.items() if x is not None},
         decode_only=decode_only, device=device, interpret=interpret,
     )  # fmt: skip
     decode = program(
         N=N, K=K, H=H, S=S, M=M, cores=device.cores, dtype=q_TNH.dtype, kv_dtype=cache.dtype,
-        scale=scale, softcap=softcap, sinks=sinks_N is not None, alibi=alibi_N is not None,
-        kv_scales=kv_scales is not None, interpret=bool(interpret),
+        scale=scale, attention_chunk_size=attention_chunk_size, softcap=softcap,
+        sinks=sinks_N is not None, alibi=alibi_N is not None, kv_scales=kv_scales is not None,
+        interpret=bool(interpret),
     )  # fmt: skip
-    of_decode = tiles.decode or best_decode(decode, min(T, R), window, device)
+    of_decode = tiles.decode or best_decode(decode, min(T, R), bound, device)
     if interpret:
         qo_TWpH, cache = map(layout.as_words, (qo_TWpH, cache))
     first, last = ragged.num_decodes, ragged.num_rows
@@ -149,7 +155,7 @@ def write_and_attend(
     qo_TWpH, cache = run(decode, new_TC1H, qo_TWpH, cache, 0, first)
     if not decode_only:
         prefill = prefill_of(decode)
-        of_prefill = tiles.prefill or best_prefill(prefill, T, window, device)
+        of_prefill = tiles.prefill or best_prefill(prefill, T, bound, device)
         prefill = prefill._replace(tiles=of_prefill)
         qo_TWpH, cache = run(prefill, new_TC1H, qo_TWpH, cache, first, last)
     if interpret:
@@ -159,7 +165,7 @@ def write_and_attend(
 
 
 def _run(
-    ragged: Ragged, layer, window, constants: dict[str, Any], program: Program,
+    ragged: Ragged, layer, window, bound, constants: dict[str, Any], program: Program,
     new_TC1H, qo_TWpH, cache, first_row, end_row, *,
     decode_only: bool, device: Device, interpret: Any,
 ):  # fmt: skip
@@ -197,22 +203,25 @@ def _run(
             vmem_limit_bytes=device.scratch_bytes * 3 // 4,
             disable_bounds_checks=True,
         ),
-        cost_estimate=_cost(program, window, T, R if decode_only else R - 1),
+        cost_estimate=_cost(program, bound, T, R if decode_only else R - 1),
         name="paged_attention_decode" if program.decode else "paged_attention_prefill",
         interpret=interpret,
     )(*scalars.values(), *operands.values())
 
 
-def _cost(program: Program, window, T: int, decodes: int) -> pl.CostEstimate:
+def _cost(program: Program, bound, T: int, decodes: int) -> pl.CostEstimate:
     """With every row's page table full: what a row really holds is not known to the compiler, nor
-    is a traced window. Prefill is counted as one row, and `decodes` as all the others."""
+    is a traced `bound`, the most tokens that a query sees. Prefill is counted as one row, and
+    `decodes` as all the others."""
     pg, length = program, program.M * program.S
     token = LANES * 4 * pg.kv.C
     queries, rows = (decodes, decodes) if pg.decode else (T, 1)
     sees = length if pg.decode else max(length - T // 2, 1)
-    if isinstance(window, int):
-        length = min(length, window + (1 if pg.decode else T))
-        sees = min(sees, window)
+    if (size := pg.attention_chunk_size) is not None and length > size:
+        sees = min(sees, size // 2)  # whichever its chunk is, a query is halfway through it
+    if isinstance(bound, int):
+        length = min(length, bound + (1 if pg.decode else T))
+        sees = min(sees, bound)
     return pl.CostEstimate(
         flops=4 * pg.N * pg.kv.H * queries * sees,
         transcendentals=pg.N * queries * sees,

@@ -13,6 +13,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.paged_attention.mosaic_tpu_heads import Heads
 from pallas_kernels.paged_attention.mosaic_tpu_program import Item, Program, over, up, within
 from pallas_kernels.paged_attention.mosaic_tpu_words import WordRef
+from pallas_kernels.reach import oldest
 
 
 def body(pg: Program, names: tuple[str, ...], *refs) -> None:
@@ -29,7 +30,7 @@ def body(pg: Program, names: tuple[str, ...], *refs) -> None:
     # ---- items ----
 
     def blocks_of(row, token, count, position, old) -> Item:
-        page = over(jnp.maximum(position - window + 1, 0), S)
+        page = over(oldest(position, window, pg.attention_chunk_size), S)
         blocks = up(position + count - page * S, tiles.tokens)
         return Item(row, token, count, position, old, page, jnp.maximum(blocks, 1))
 

@@ -9,6 +9,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.paged_attention.mosaic_tpu_program import Item, Program, up
 from pallas_kernels.paged_attention.mosaic_tpu_words import LANES, join, part
+from pallas_kernels.reach import into_chunk, oldest
 
 MASKED = -1e30  # finite: exp2(MASKED - MASKED) must not be nan
 LOG2E = 1.4426950408889634
@@ -132,7 +133,8 @@ class Heads(NamedTuple):
             if self.pg.staged:
                 self._widen(slot, c * size)
             # Masks cost as much as the exponent does: only where some query needs them.
-            edge = (at + size - 1 > it.position) | (at <= it.end - 1 - window)
+            first_key = oldest(it.end - 1, window, self.pg.attention_chunk_size)
+            edge = (at + size - 1 > it.position) | (at < first_key)
             for masked in (False, True):
 
                 @pl.when(edge == masked)
@@ -149,6 +151,8 @@ class Heads(NamedTuple):
         t = lax.broadcasted_iota(jnp.int32, shape, 0) & (pg.tiles.queries - 1)
         behind = it.position - at + t - lax.broadcasted_iota(jnp.int32, shape, 1)
         seen = (behind >= 0) & (behind < window) if masked else None
+        if masked and pg.attention_chunk_size is not None:
+            seen &= behind <= into_chunk(it.position + t, pg.attention_chunk_size)
 
         def load(c):
             if pg.staged:

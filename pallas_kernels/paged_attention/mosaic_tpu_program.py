@@ -38,6 +38,7 @@ class Program(NamedTuple):
     dtype: Any  # q's
     kv_dtype: Any
     scale: float
+    attention_chunk_size: int | None
     softcap: float | None
     sinks: bool
     alibi: bool

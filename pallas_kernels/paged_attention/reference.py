@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.paged_attention.layout import FP8
+from pallas_kernels.reach import oldest
 
 BLOCK = 128  # cached tokens visited at once; 64 and 256 measured slower on CPU
 QUERIES = 64  # queries of one prefill block
@@ -39,7 +40,8 @@ def stored(k_TKH, v_TKH, dtype, kv_scales):
 
 def definition(
     q_TNH, k_LPKSH, v_LPKSH, layer, pages_RM, kv_len_R, start_R, num_decodes, num_rows, *,
-    window, scale, softcap=None, sinks_N=None, alibi_N=None, distance_bias_NX=None, kv_scales=None,
+    window, scale, attention_chunk_size=None, softcap=None, sinks_N=None, alibi_N=None,
+    distance_bias_NX=None, kv_scales=None,
 ):  # fmt: skip
     """Every token against every row's whole cache, masked to its own."""
     (T, N, H), (K, S), (R, M) = q_TNH.shape, k_LPKSH.shape[2:4], pages_RM.shape
@@ -66,7 +68,8 @@ def definition(
         farthest = distance_bias_NX.shape[1] // 2
         bias_NTn = distance_bias_NX[:, jnp.clip(-behind_Tn, -farthest, farthest) + farthest]
         s_TKGn += jnp.moveaxis(bias_NTn.reshape(K, N // K, T, M * S), 2, 0)
-    seen_T11n = ((behind_Tn >= 0) & (behind_Tn < window))[:, None, None]
+    first_T = oldest(pos_T, window, attention_chunk_size)
+    seen_T11n = ((behind_Tn >= 0) & (n[None] >= first_T[:, None]))[:, None, None]
     s_TKGn = jnp.where(seen_T11n, s_TKGn, -jnp.inf)
     sink_TKG1 = jnp.full((T, K, N // K, 1), -jnp.inf)
     if sinks_N is not None:
@@ -78,8 +81,8 @@ def definition(
 
 def attend(
     q_TNH, k_LPKSH, v_LPKSH, layer, pages_RM, kv_len_R, start_R, num_decodes, num_rows, *,
-    window, scale, decode_only, softcap=None, sinks_N=None, alibi_N=None, distance_bias_NX=None,
-    kv_scales=None,
+    window, scale, decode_only, attention_chunk_size=None, softcap=None, sinks_N=None,
+    alibi_N=None, distance_bias_NX=None, kv_scales=None,
 ):  # fmt: skip
     """Equal to `definition` on every token that is not padding."""
     (T, N, H), (K, S), M = q_TNH.shape, k_LPKSH.shape[2:4], pages_RM.shape[1]
@@ -93,7 +96,8 @@ def attend(
     layer = lax.optimization_barrier(layer)
     per_head = lambda x_N: None if x_N is None else x_N.reshape(K, N // K, 1, 1)
     bias_KGX = None if distance_bias_NX is None else distance_bias_NX.reshape(K, N // K, -1)
-    options = (window, softcap, per_head(sinks_N), per_head(alibi_N), bias_KGX)
+    reach = (window, attention_chunk_size)
+    options = (reach, softcap, per_head(sinks_N), per_head(alibi_N), bias_KGX)
     cache = (k_LPKSH, v_LPKSH, layer, per_block, options)
     o_TKGH = jnp.zeros(q_TKGH.shape, jnp.float32)
     o_TKGH = _decode_rows(o_TKGH, q_TKGH, cache, pages_RM, kv_len_R, num_decodes)
@@ -149,10 +153,11 @@ def _blocks(q_rqKGH, pos_rq, cache, pages_rM):
     """Online softmax over the cached blocks of r rows with q queries each, at `pos_rq`;
     a negative position sees nothing and gives zeros."""
     k_LPKSH, v_LPKSH, layer, per_block, options = cache
-    window, softcap, sinks_KG11, alibi_KG11, bias_KGX = options
+    reach, softcap, sinks_KG11, alibi_KG11, bias_KGX = options
     (r, q, K, G, H), S = q_rqKGH.shape, k_LPKSH.shape[3]
     size = per_block * S
     q_rKGqH = jnp.moveaxis(q_rqKGH, 1, 3)
+    first_rq = jnp.where(pos_rq >= 0, oldest(pos_rq, *reach), 2**30)
 
     def fetch(cache_LPKSH, page_rm):
         block = cache_LPKSH[layer, page_rm].astype(jnp.float32)  # [r, m, K, S, H]
@@ -163,7 +168,8 @@ def _blocks(q_rqKGH, pos_rq, cache, pages_rM):
         page_rm = lax.dynamic_slice_in_dim(pages_rM, i * per_block, per_block, 1)
         k_rKnH, v_rKnH = fetch(k_LPKSH, page_rm), fetch(v_LPKSH, page_rm)
         s_rKGqn = jnp.einsum("rKGqH,rKnH->rKGqn", q_rKGqH, k_rKnH)
-        behind_rqn = pos_rq[..., None] - (i * size + jnp.arange(size))[None, None]
+        key_n = i * size + jnp.arange(size)
+        behind_rqn = pos_rq[..., None] - key_n[None, None]
         if softcap is not None:
             s_rKGqn = softcap * jnp.tanh(s_rKGqn / softcap)
         if alibi_KG11 is not None:
@@ -172,7 +178,8 @@ def _blocks(q_rqKGH, pos_rq, cache, pages_rM):
             farthest = bias_KGX.shape[-1] // 2
             ahead_rqn = jnp.clip(-behind_rqn, -farthest, farthest)
             s_rKGqn += jnp.moveaxis(bias_KGX[:, :, ahead_rqn + farthest], 2, 0)
-        seen = ((behind_rqn >= 0) & (behind_rqn < window))[:, None, None]
+        seen_rqn = (behind_rqn >= 0) & (key_n[None, None] >= first_rq[..., None])
+        seen = seen_rqn[:, None, None]
         s_rKGqn = jnp.where(seen, s_rKGqn, MASKED)
         new_peak = jnp.maximum(peak, s_rKGqn.max(-1, keepdims=True))
         p_rKGqn = jnp.where(seen, jnp.exp(s_rKGqn - new_peak), 0.0)
@@ -186,8 +193,8 @@ def _blocks(q_rqKGH, pos_rq, cache, pages_rM):
         peak = jnp.broadcast_to(sinks_KG11[None], (r, K, G, q, 1))
         total = jnp.ones((r, K, G, q, 1))
     start = (peak, total, jnp.zeros((r, K, G, q, H)))
-    # Blocks wholly before every window, or past every position, are skipped.
-    first = jnp.maximum(jnp.where(pos_rq >= 0, pos_rq - window + 1, 2**30).min(), 0) // size
+    # Blocks of which nobody sees anything are skipped.
+    first = first_rq.min() // size
     end = (pos_rq.max() + size) // size
     _, total, o_rKGqH = lax.fori_loop(first, end, step, start)
     o_rKGqH = o_rKGqH / jnp.where(total == 0, 1.0, total)

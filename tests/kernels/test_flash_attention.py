@@ -41,6 +41,7 @@ def options(case: Case, args) -> dict:
         "scale": case.scale or case.H**-0.5,
         "causal": case.causal,
         "window": window if case.traced else case.window,
+        "attention_chunk_size": case.attention_chunk_size,
         "softcap": case.softcap,
         "sinks_N": sinks,
         "alibi_N": alibi,
@@ -190,19 +191,25 @@ def test_gpu_tiles_fit_and_tpu_pairs_are_few(case):
     for tiles in candidates(case, H200):
         assert mosaic_gpu.fits(tiles, case.H, case.V, H200)
     heads, queries, keys = mosaic_tpu.tiles(case.B, case.T, case.N, case.K, V6E)
-    pairs = mosaic_tpu.pairs(case.T, case.T, queries, keys, case.causal, case.window)
+    reach = (case.causal, case.window, case.attention_chunk_size)
+    pairs = mosaic_tpu.pairs(case.T, case.T, queries, keys, *reach)
     assert pairs.nbytes < 64 * 1024
     visited = pairs.shape[1] * queries * keys
-    assert mosaic_tpu.seen(case.T, case.causal, case.window) <= visited
+    assert mosaic_tpu.seen(case.T, *reach) <= visited
     assert work(case).flops > 0 and case.N % heads == 0
 
 
 def test_seen_counts_what_the_mask_shows():
-    for causal, window in ((True, None), (True, 5), (True, 50), (False, None)):
+    for causal, *reach in (
+        (True, None, None), (True, 5, None), (True, 50, None), (True, None, 8), (True, 5, 8),
+        (True, 9, 30), (False, None, None),
+    ):  # fmt: skip
         pos = np.arange(20)
         behind = pos[:, None] - pos
-        mask = (behind >= 0) & (behind < (window or 20)) if causal else np.ones((20, 20))
-        assert mosaic_tpu.seen(20, causal, window) == mask.sum()
+        window, size = (n or 20 for n in reach)
+        mask = (behind >= 0) & (behind < window) & (pos[:, None] // size == pos // size)
+        mask = mask if causal else np.ones((20, 20))
+        assert mosaic_tpu.seen(20, causal, *reach) == mask.sum()
 
 
 Q = jnp.zeros((2, 8, 4, 64), jnp.bfloat16)
@@ -219,6 +226,8 @@ BAD = {
     "softcap is -1": {"softcap": -1.0},
     "window is 0": {"window": 0},
     "window is 5": {"window": 5, "causal": False},
+    "attention_chunk_size is 0": {"attention_chunk_size": 0},
+    "attention_chunk_size is 5": {"attention_chunk_size": 5, "causal": False},
     "sinks_N is bfloat16": {"sinks_N": jnp.zeros(4, jnp.bfloat16)},
     "alibi_N has shape": {"alibi_N": jnp.zeros(2)},
     "lengths_B has shape": {"lengths_B": jnp.zeros(3, jnp.int32)},
@@ -229,6 +238,7 @@ BAD = {
     "H is 72": GPU | {"q_BTNH": jnp.zeros((2, 8, 4, 72), jnp.bfloat16),
                       "k_BTKH": jnp.zeros((2, 8, 2, 72), jnp.bfloat16)},
     "V is 16": GPU | {"v_BTKV": KV[..., :16]},
+    "attention_chunk_size is given": {"impl": "cudnn", "attention_chunk_size": 4},
     "softcap is given": {"impl": "cudnn", "softcap": 1.0},
     "sinks_N is given": {"impl": "cudnn", "sinks_N": jnp.zeros(4)},
     "alibi_N is given": {"impl": "cudnn", "alibi_N": jnp.zeros(4)},

@@ -38,7 +38,7 @@ from tests.kernels.harness import GPU, check_case, once, plgpu_reset
 ATOL = {jnp.float32: 1e-5, jnp.bfloat16: 2e-2}
 CPU, H200 = DEVICES["cpu"], DEVICES["h200"]
 # The CPU's path, which the engine's tests run on every commit too; each option once.
-FAST_CPU = ("decode_many", "mixed", "window", "softcap", "sinks", "alibi", "fp8")
+FAST_CPU = ("decode_many", "mixed", "window", "chunked", "softcap", "sinks", "alibi", "fp8")
 FAST = ("all_at_once",)  # interpreted on every commit: both kernels, 8-bit pages, every option
 by_name = lambda c: c.name
 
@@ -52,13 +52,23 @@ def arguments(case: Case, args: tuple) -> dict:
     q, k, v, pages, layer, page_T, slot_T, ragged, window, sinks, alibi, scales = args
     return {
         "q_TNH": q, "k_TKH": k, "v_TKH": v, "pages": pages, "layer": layer, "page_T": page_T,
-        "slot_T": slot_T, "ragged": ragged, "window": window, "scale": case.scale or case.H**-0.5,
+        "slot_T": slot_T, "ragged": ragged, "window": window,
+        "attention_chunk_size": case.attention_chunk_size, "scale": case.scale or case.H**-0.5,
         "softcap": case.softcap, "sinks_N": sinks, "alibi_N": alibi, "kv_scales": scales,
         "decode_only": num_decodes(case) == len(case.queries), "device": CPU,
     }  # fmt: skip
 
 
-STATIC = ("scale", "softcap", "decode_only", "device", "impl", "interpret", "tiles")
+STATIC = (
+    "attention_chunk_size",
+    "scale",
+    "softcap",
+    "decode_only",
+    "device",
+    "impl",
+    "interpret",
+    "tiles",
+)
 
 
 def run(case: Case, args: tuple, **changes):
@@ -93,7 +103,10 @@ def test_blocks_equal_the_definition(case, dtype, keys):
     got, pages = run(case, args)
     assert isinstance(pages, Pages)
     window, sinks, alibi, scales = args[-4:]
-    definition = partial(reference.definition, scale=case.H**-0.5, softcap=case.softcap)
+    definition = partial(
+        reference.definition, scale=case.H**-0.5, softcap=case.softcap,
+        attention_chunk_size=case.attention_chunk_size,
+    )  # fmt: skip
     want = once(definition)(
         args[0], *pages, args[4], *args[7], window=window, sinks_N=sinks, alibi_N=alibi,
         kv_scales=scales,
@@ -243,6 +256,7 @@ WRONG = {
         )
     },
     "softcap is 0": {"softcap": 0.0},
+    "attention_chunk_size is 0": {"attention_chunk_size": 0},
     "scale is -1": {"scale": -1.0},
     "sinks_N has shape": {"sinks_N": F32_2},
     "sinks_N is bfloat16": {"sinks_N": F32_4.astype(jnp.bfloat16)},
@@ -266,7 +280,7 @@ def abstract(case: Case) -> tuple:
 def test_a_wrong_argument_is_named(message):
     args = abstract(STEP)
     wrong = WRONG[message]
-    arrays = {k: v for k, v in wrong.items() if k not in ("softcap", "scale", "impl")}
+    arrays = {k: v for k, v in wrong.items() if k not in STATIC}
     options = {"impl": "reference"} | {k: v for k, v in wrong.items() if k not in arrays}
     checked = getattr(write_and_attend, "__wrapped__", write_and_attend)
     step = lambda args, arrays: checked(**(arguments(STEP, args) | options | arrays))

@@ -53,9 +53,10 @@ def step(case: Case, args, *, device=V6E, tiles=None):
     def run(q, k, v, pages, layer, page_T, slot_T, ragged, window, sinks, alibi, scales):
         return write_and_attend(
             q, k, v, pages, layer, page_T, slot_T, ragged, window=window,
-            scale=case.scale or case.H**-0.5, softcap=case.softcap, sinks_N=sinks, alibi_N=alibi,
-            kv_scales=scales, decode_only=num_decodes(case) == len(case.queries), device=device,
-            impl="mosaic_tpu", interpret=TPU, tiles=tiles,
+            attention_chunk_size=case.attention_chunk_size, scale=case.scale or case.H**-0.5,
+            softcap=case.softcap, sinks_N=sinks, alibi_N=alibi, kv_scales=scales,
+            decode_only=num_decodes(case) == len(case.queries), device=device, impl="mosaic_tpu",
+            interpret=TPU, tiles=tiles,
         )  # fmt: skip
 
     try:
