@@ -293,14 +293,16 @@ def kv_heads(constants: Constants, heads: int) -> int:
     return count
 
 
-def layer_types(constants: Constants, absent: Sequence[str]) -> Sequence[str]:
-    """`layer_types`, one of LAYER_TYPES for each layer, or `absent` where null."""
+def layer_types(
+    constants: Constants, absent: Sequence[str], known: Sequence[str] = LAYER_TYPES
+) -> Sequence[str]:
+    """`layer_types`, one of `known` for each layer, or `absent` where null."""
     layers, kinds = constants.integer("num_hidden_layers"), constants.names("layer_types")
     if kinds is None:
         return absent
-    if len(kinds) != layers or not set(kinds) <= set(LAYER_TYPES):
+    if len(kinds) != layers or not set(kinds) <= set(known):
         raise CheckpointError(
-            f"{constants.where}: 'layer_types' must hold {layers} of {' or '.join(LAYER_TYPES)}; "
+            f"{constants.where}: 'layer_types' must hold {layers} of {' or '.join(known)}; "
             f"it holds {len(kinds)}: {', '.join(sorted(set(kinds)))}"
         )
     return kinds

@@ -72,19 +72,6 @@ HARMLESS = frozenset({"aux_loss_alpha", "seq_aux", "ep_size", "pretraining_tp"})
 LATENT_NORM_EPS = 1e-6  # whatever rms_norm_eps says
 GROUP_CHOICES = {"greedy": False, "group_limited_greedy": True}
 
-SHARED = tuple(
-    Row(
-        f"layers.moe.shared.{target}",
-        f"{LAYER}mlp.shared_experts.{part}_proj.weight",
-        axes,
-        inputs=inputs,
-    )
-    for target, part, axes, inputs in (
-        ("gate_DF", "gate", "S D -> D S", "D"),
-        ("up_DF", "up", "S D -> D S", "D"),
-        ("down_FD", "down", "D S -> S D", "S"),
-    )
-)
 QUERY = (
     Row("layers.attn.q_D_NH", f"{LAYER}self_attn.q_proj.weight", "(N H) D -> D (N H)", inputs="D"),
 )
@@ -129,7 +116,7 @@ def deepseek_rows(config: ModelConfig) -> tuple[Row, ...]:
         *(QUERY if config.mla.query_rank is None else LOW_RANK_QUERY),
         *LATENT,
         *moe.QWEN_EXPERTS,
-        *SHARED,
+        *moe.shared_rows("mlp.shared_experts"),
         *(SELECTION_BIAS if config.moe.selection_bias else ()),
     )
 

@@ -21,6 +21,7 @@ from converters.gpt_neox import GPT_NEOX
 from converters.gpt_oss import GPT_OSS
 from converters.granite import GRANITE
 from converters.llama import LLAMA
+from converters.llama4 import LLAMA4_TEXT
 from converters.mistral import MISTRAL
 from converters.mixtral import MIXTRAL
 from converters.multimodal import MULTIMODAL
@@ -56,6 +57,7 @@ FAMILIES: Mapping[str, Family] = {
         GPT_OSS,
         GRANITE,
         LLAMA,
+        LLAMA4_TEXT,
         MISTRAL,
         MIXTRAL,
         OLMO2,

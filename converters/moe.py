@@ -38,6 +38,18 @@ def expert_rows(block: str, gate: str, up: str, down: str) -> tuple[Row, ...]:
     )
 
 
+def shared_rows(name: str) -> tuple[Row, ...]:
+    """The expert that every token passes, whose matrices' names begin so in a layer."""
+    return tuple(
+        Row(f"layers.moe.shared.{to}", f"{LAYER}{name}.{part}_proj.weight", axes, inputs=inputs)
+        for to, part, axes, inputs in (
+            ("gate_DF", "gate", "S D -> D S", "D"),
+            ("up_DF", "up", "S D -> D S", "D"),
+            ("down_FD", "down", "D S -> S D", "S"),
+        )
+    )
+
+
 QWEN_EXPERTS = expert_rows("mlp", "gate_proj", "up_proj", "down_proj")
 
 
@@ -80,6 +92,7 @@ def read_moe(
         shared_intermediate_size=shared,
         shared_gate=shared is not None,
         bias=bias,
+        scaled_inputs=False,
     )
 
 

@@ -11,6 +11,7 @@ from converters.formats.safetensors import TensorInfo
 # model_type -> that of the text model, where text_config does not say.
 MULTIMODAL: Mapping[str, str] = {
     "gemma3": "gemma3_text",
+    "llama4": "llama4_text",
     "llava": "llama",
     "llava_next": "llama",
     "llava_onevision": "qwen2",
@@ -26,6 +27,11 @@ ABSENT: Mapping[str, Mapping[str, Any]] = {
     "llama": {
         "vocab_size": 32_000, "hidden_size": 4096, "intermediate_size": 11_008,
         "num_hidden_layers": 32, "num_attention_heads": 32, "max_position_embeddings": 2048,
+    },
+    "llama4_text": {
+        "vocab_size": 202_048, "hidden_size": 5120, "intermediate_size": 8192,
+        "intermediate_size_mlp": 16_384, "num_hidden_layers": 48, "num_attention_heads": 40,
+        "num_local_experts": 16, "num_experts_per_tok": 1, "max_position_embeddings": 131_072,
     },
     "mistral": {
         "vocab_size": 32_000, "hidden_size": 4096, "intermediate_size": 14_336,
@@ -45,7 +51,9 @@ TEXT_NAMES = (
     ("model.language_model.", "model."),
     ("lm_head.", "lm_head."),
 )
-LEFT_OUT = re.compile(r"((?:model\.)?(?:vision_tower|multi_modal_projector|image_newline))\b.*")
+LEFT_OUT = re.compile(
+    r"((?:model\.)?(?:vision_tower|vision_model|multi_modal_projector|image_newline))\b.*"
+)
 
 
 class LeftOut(NamedTuple):

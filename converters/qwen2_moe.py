@@ -31,17 +31,9 @@ ABSENT_ROPE_THETA = 10_000.0
 # Versions of transformers differ in which layers it gives a window; no published model has one.
 FIXED: Mapping[str, tuple[Any, ...]] = {**DECODER_ONLY, "use_sliding_window": (False,)}
 EXPERT_SIZES = ("moe_intermediate_size", "shared_expert_intermediate_size")
-SHARED_EXPERT = f"{LAYER}mlp.shared_expert"
 SHARED = (
     Row("layers.moe.shared_gate_D1", f"{LAYER}mlp.shared_expert_gate.weight", "1 D -> D 1"),
-    *(
-        Row(f"layers.moe.shared.{target}", f"{SHARED_EXPERT}.{source}.weight", axes, inputs=inputs)
-        for target, source, axes, inputs in (
-            ("gate_DF", "gate_proj", "S D -> D S", "D"),
-            ("up_DF", "up_proj", "S D -> D S", "D"),
-            ("down_FD", "down_proj", "D S -> S D", "S"),
-        )
-    ),
+    *moe.shared_rows("mlp.shared_expert"),
 )
 
 

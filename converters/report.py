@@ -134,7 +134,8 @@ def _sizes(config: ModelConfig) -> Report:
     values = asdict(config)
     values.pop("model_type")
     values.pop("weight_forms")  # the groups of tensors show them
-    for name, each in (("ropes", config.ropes), ("windows", config.windows)):
+    for name in ("ropes", "windows", "attention_chunk_sizes"):
+        each = getattr(config, name)
         of = {value: [i for i, v in enumerate(each) if v == value] for value in dict.fromkeys(each)}
         values[name] = [
             {"layers": ranges(layers), "value": _rope(value) if name == "ropes" else value}

@@ -9,7 +9,7 @@ from converters.errors import listing
 SAID = frozenset(
     """
     vocab_size hidden_size intermediate_size num_layers num_heads num_kv_heads head_dim ropes
-    windows moe tie_word_embeddings max_position_embeddings
+    windows attention_chunk_sizes moe tie_word_embeddings max_position_embeddings
     """.split()
 )
 SHOWN_ITEMS = 4  # of a list of numbers
@@ -50,6 +50,9 @@ def _of_config(config: Mapping[str, Any]) -> dict[str, str]:
         "rope": _by_layers(config["ropes"]),
         "window": _by_layers(config["windows"]),
     }
+    chunks = config["attention_chunk_sizes"]
+    if any(part["value"] for part in chunks):
+        facts["chunks"] = _by_layers(chunks)
     if (moe := config["moe"]) is not None:
         facts["experts"] = _values(moe)
     rest = {k: v for k, v in config.items() if k not in SAID and v not in (None, False)}

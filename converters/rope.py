@@ -100,9 +100,9 @@ def read_rope(
         ), stretched
     if kind == "llama3":
         low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
-        if low >= high:
+        if low > high:
             raise CheckpointError(
-                f"{rope.where}: low_freq_factor {low:g} must be below high_freq_factor {high:g}"
+                f"{rope.where}: low_freq_factor {low:g} must be at most high_freq_factor {high:g}"
             )
         return Llama3Rope(
             theta=theta,

@@ -30,6 +30,7 @@ FAMILIES = (
     "granite",
     "llama",
     "llama3-rope",
+    "llama4",
     "mistral-window",
     "mixtral",
     "olmo2",
@@ -69,7 +70,7 @@ def quantized_golden(name: str) -> Path:
 
 
 # Read with text_only.
-MULTIMODAL = ("gemma3-images", "mistral3")
+MULTIMODAL = ("gemma3-images", "llama4-images", "mistral3")
 ENCODER_DECODERS = ("bart", "t5", "t5-relu", "t5-untied")
 EXPERTS: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},

@@ -132,6 +132,8 @@ def features(config: ModelConfig) -> str:
         "ALiBi": config.alibi_scale is not None,
         "windows": any(config.windows) and None not in config.windows,
         "windows in some layers": any(config.windows) and None in config.windows,
+        "attention in chunks in some layers": any(config.attention_chunk_sizes),
+        "temperature tuning": config.temperature_tuning,
         heads: not grouped and config.mla is None,
         "latent attention": config.mla,
         "q, k, v biases": config.qkv_bias,

@@ -23,6 +23,7 @@ MOE = MoE(
     weight_multiplier=1.0,
     shared_gate=True,
     bias=False,
+    scaled_inputs=False,
     shared_intermediate_size=50,
 )
 

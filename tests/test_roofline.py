@@ -18,19 +18,32 @@ from xlinfer.plan.roofline import (
 RATES = Rates(memory=1e9, products=1e12, attention=5e11, link=1e8)
 DENSE = Work(
     devices=1, layer_bytes=1000, head_bytes=100, layer_flops=2000, head_flops=200, num_experts=0,
-    experts_per_token=0, expert_bytes=0, expert_flops=0, windows=(None, 4), kv_bytes=8.0,
-    pair_flops=16, hidden_bytes=10, all_reduces=5, vocab_size=50,
+    experts_per_token=0, expert_bytes=0, expert_flops=0, windows=(None, 4),
+    attention_chunk_sizes=(None, None), kv_bytes=8.0, pair_flops=16, hidden_bytes=10,
+    all_reduces=5, vocab_size=50,
 )  # fmt: skip
 MOE = replace(
     DENSE, devices=2, num_experts=8, experts_per_token=2, expert_bytes=64, expert_flops=128
 )
 
 
+@pytest.mark.parametrize("size", [None, 1, 4, 6, 100])
 @pytest.mark.parametrize("window", [None, 1, 3, 5, 100])
 @pytest.mark.parametrize("start, end", [(0, 1), (0, 7), (2, 3), (2, 9), (5, 6), (7, 20)])
-def test_pairs_are_counted_one_by_one(start, end, window):
-    counted = sum(min(t + 1, window or t + 1) for t in range(start, end))
-    assert pairs(start, end, window) == counted
+def test_pairs_are_counted_one_by_one(start, end, window, size):
+    counted = sum(min(t % (size or 100) + 1, window or t + 1) for t in range(start, end))
+    assert pairs(start, end, window, size) == counted
+
+
+def test_a_chunk_ends_what_is_read():
+    work = replace(DENSE, windows=(None, None), attention_chunk_sizes=(None, 4))
+    steps = [decode_step(work, RATES, batch=1, context=n) for n in (4, 5, 8)]
+    assert [step.kv_bytes for step in steps] == [8 * n for n in (4 + 4 + 2, 5 + 1 + 2, 8 + 4 + 2)]
+    steps = prefill_steps(work, RATES, prompt=10, chunk=3)
+    read = [0, 3 + 3, 6 + 2, 9 + 1]
+    assert [step.kv_bytes for step in steps] == [
+        8 * (before + 2 * 2 * tokens) for before, tokens in zip(read, (3, 3, 3, 1), strict=True)
+    ]
 
 
 def test_a_decode_step_reads_the_weights_once_and_each_sequences_window():

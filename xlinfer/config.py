@@ -34,7 +34,7 @@ class Llama3Rope:
     theta: float
     factor: float
     low_freq_factor: float
-    high_freq_factor: float
+    high_freq_factor: float  # at least low_freq_factor; as much: there is no ramp
     original_max_position_embeddings: int
 
 
@@ -104,6 +104,7 @@ class MoE:
     shared_intermediate_size: int | None  # of an expert that every token passes; None: none
     shared_gate: bool  # its output is multiplied by a sigmoid of the token's own
     bias: bool  # of the router and of the experts' matrices
+    scaled_inputs: bool  # a weight multiplies what its expert reads, not what the expert returns
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,12 +119,22 @@ class MLA:
     norm_eps: float  # of the latents' norms
 
 
+@dataclass(frozen=True, kw_only=True)
+class TemperatureTuning:
+    """The query at position p is multiplied by 1 + attn_scale * log(1 + floor((p + 1) /
+    floor_scale)), so that softmax stays as sharp over a long context (arXiv 2501.19399)."""
+
+    attn_scale: float
+    floor_scale: float  # tokens
+
+
 class LayerKind(NamedTuple):
     """What layers must have in common to be stacked."""
 
     experts: bool  # in place of an MLP
     rope: Rope | None
     window: int | None
+    attention_chunk_size: int | None
     form: int  # of its weights
 
 
@@ -182,8 +193,12 @@ class ModelConfig:
     alibi_scale: float | None
     learned_positions: bool  # max_position_embeddings vectors, added to the embedding
     windows: tuple[int | None, ...]  # per layer: tokens seen, itself included; None sees all
+    # Per layer: a sequence is cut into chunks of so many tokens, and a token sees those of its own
+    # chunk; None: it is not cut.
+    attention_chunk_sizes: tuple[int | None, ...]
     mla: MLA | None  # None: keys and values have matrices of their own
     attention_scale: float  # multiplies q·k
+    temperature_tuning: TemperatureTuning | None  # of the layers that have no rope
     attention_softcap: float | None  # of a score s: softcap * tanh(s / softcap)
     sinks: bool  # a logit of each head joins the softmax's denominator
     qkv_bias: bool
@@ -191,8 +206,9 @@ class ModelConfig:
     mlp_bias: bool
     moe: MoE | None  # of the layers that have one; None: every layer has an MLP
     encoder: Encoder | None  # None: it is a decoder alone
-    # RMSNorm of q and k before rope: over each head, or over all heads together.
-    qk_norm: Literal["head", "all"] | None
+    # RMSNorm of q and k before rope: over each head, or over all heads together; or after rope, in
+    # the layers that have one: over each head, without a weight.
+    qk_norm: Literal["head", "all", "after_rope"] | None
     embedding_norm: bool  # the embedding is normalized
     embedding_multiplier: float  # rounded to the dtype
     residual_multiplier: float  # of what attention and MLP add
@@ -210,9 +226,15 @@ class ModelConfig:
         """Of each layer."""
         experts = frozenset(self.moe.layers if self.moe else ())
         return tuple(
-            LayerKind(layer in experts, rope, window, form)
-            for layer, (rope, window, form) in enumerate(
-                zip(self.ropes, self.windows, self.weight_forms, strict=True)
+            LayerKind(layer in experts, *of_layer)
+            for layer, of_layer in enumerate(
+                zip(
+                    self.ropes,
+                    self.windows,
+                    self.attention_chunk_sizes,
+                    self.weight_forms,
+                    strict=True,
+                )
             )
         )
 

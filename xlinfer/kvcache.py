@@ -45,7 +45,8 @@ class Attend(Protocol):
 
     q [B, T, N, H], k and v [B, T, K, H] -> o [B, T, N, H] and the cache with k and v in it.
     `layer` is the layer's index, `window` the number of tokens a query sees (itself included),
-    both Python or traced integers; `scale` multiplies q·k. A score s becomes
+    both Python or traced integers; where there is an `attention_chunk_size`, a query sees none of
+    the tokens before its own chunk of so many. `scale` multiplies q·k. A score s becomes
     softcap * tanh(s / softcap) where that is given, and gains
     alibi_N[n] * (key position - query position), and distance_bias_NX[n, M + d] for a key d after
     the query, d being cut to -M and M, X = 2 M + 1; exp(sinks_N[n]) joins the denominator of head
@@ -62,6 +63,7 @@ class Attend(Protocol):
         *,
         layer: int | Array,
         window: int | Array,
+        attention_chunk_size: int | None = None,
         scale: float,
         softcap: float | None = None,
         sinks_N: Array | None = None,
@@ -209,8 +211,8 @@ def paged_attend(
 
     def attend(
         q_BTNH, k_BTKH, v_BTKH, kv: Cache, *,
-        layer, window, scale, softcap=None, sinks_N=None, alibi_N=None, distance_bias_NX=None,
-        kv_scales=None,
+        layer, window, scale, attention_chunk_size=None, softcap=None, sinks_N=None, alibi_N=None,
+        distance_bias_NX=None, kv_scales=None,
     ):  # fmt: skip
         if jax.tree.leaves(kv)[0].dtype != FP8:
             kv_scales = None
@@ -219,7 +221,8 @@ def paged_attend(
             sinks_N, alibi_N, distance_bias_NX, kv_scales = of_heads
             return paged_attention.write_and_attend(
                 q_TNH, k_TKH, v_TKH, kv, layer, page_T, slot_T, ragged,
-                window=window, scale=scale, softcap=softcap, sinks_N=sinks_N, alibi_N=alibi_N,
+                window=window, attention_chunk_size=attention_chunk_size, scale=scale,
+                softcap=softcap, sinks_N=sinks_N, alibi_N=alibi_N,
                 distance_bias_NX=distance_bias_NX, kv_scales=kv_scales, decode_only=decode_only,
                 device=device, impl=impl,
             )  # fmt: skip

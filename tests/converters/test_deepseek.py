@@ -79,6 +79,7 @@ def test_the_experts_of_deepseek(tmp_path):
         shared_intermediate_size=16,
         shared_gate=False,
         bias=False,
+        scaled_inputs=False,
     )
     v2 = replace(
         v3, scores="softmax", selection_bias=False, groups=ExpertGroups(count=4, chosen=2, best=1),

@@ -248,7 +248,7 @@ def test_absent_and_optional_keys(cfg, field, want, tmp_path):
         (config("lama"), "does not know model_type 'lama'. The nearest: llama"),
         (
             config("qwen2_vl"),
-            "The nearest: qwen2.* It knows .*llama, mistral, mixtral, .*qwen2, qwen2_",
+            "The nearest: qwen2.* It knows .*llama, llama4_text, mistral, .*qwen2, qwen2_",
         ),
         (config("qwen3_moe", num_experts=...), "'num_experts' is missing"),
         (config("qwen3_moe", num_local_experts=4), "num_experts is 8 and num_local_experts 4"),
@@ -351,6 +351,7 @@ def test_the_constants_of_experts(tmp_path):
         shared_intermediate_size=20,
         shared_gate=True,
         bias=False,
+        scaled_inputs=False,
     )
     assert opened(tmp_path, config("qwen2_moe")).config.moe == shared
     renamed = config("qwen2_moe", num_experts=..., num_local_experts=4, norm_topk_prob=True)

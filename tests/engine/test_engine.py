@@ -70,7 +70,9 @@ def random_prompts(count, seed=0, longest=40):
 
 
 # What sets the others apart is no business of the engine's: the forward's own tests have them all.
-QUICK = ("deepseek-v3", "llama", "mistral-window", "mixtral", "qwen2", "qwen3", "qwen3-moe")
+QUICK = (
+    "deepseek-v3", "llama", "llama4", "mistral-window", "mixtral", "qwen2", "qwen3", "qwen3-moe",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(

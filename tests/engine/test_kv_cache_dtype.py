@@ -37,9 +37,10 @@ def rounded(x_BTKH, scale_K):
             .astype(np.float32) * scale_K1)  # fmt: skip
 
 
-def dense(q_BTNH, k_BTKH, v_BTKH, kv, *, layer, window, scale, softcap=None, sinks_N=None,
-          alibi_N=None, kv_scales=None):  # fmt: skip
+def dense(q_BTNH, k_BTKH, v_BTKH, kv, *, layer, window, scale, attention_chunk_size=None,
+          softcap=None, sinks_N=None, alibi_N=None, kv_scales=None):  # fmt: skip
     """An Attend: every token against all before it, k and v rounded."""
+    assert attention_chunk_size is None
     assert softcap is None and sinks_N is None and alibi_N is None
     T, N, K = *q_BTNH.shape[1:3], k_BTKH.shape[2]
     scales = [np.ones(K, np.float32)] * 2 if kv_scales is None else kv_scales

@@ -118,6 +118,17 @@ def test_a_selection_bias_chooses_and_weighs_nothing(keys):
     np.testing.assert_allclose(weight_Tk, want, rtol=1e-5)
 
 
+def test_large_logits_choose_though_their_sigmoids_are_equal(keys):
+    """Float32 has 1 for each of them."""
+    graph, state = nnx.split(load_model(GOLDENS / "llama4").layers[1].moe)
+    moe = nnx.merge(graph, jax.tree.map(lambda x: x[0], state))
+    x_TD = jnp.abs(jax.random.normal(next(keys), (9, 32))) + 1
+    moe.router_DR.set_value(jnp.broadcast_to(jnp.asarray([1.0, 1.5, 3.0, 2.0])[None], (32, 4)))
+    weight_Tk, expert_Tk = moe.route(x_TD)
+    np.testing.assert_array_equal(weight_Tk, 1)
+    np.testing.assert_array_equal(expert_Tk, 2)
+
+
 @pytest.mark.parametrize("best, kept", [(1, [0, 1, 2, 3]), (2, [2, 3, 6, 7])])
 def test_groups_are_chosen_by_their_best(best, kept):
     """The best expert of all, alone, does not make its group one of those whose two are best."""

@@ -194,12 +194,12 @@ def test_yarn_defaults_are_the_papers():
             {
                 "rope_type": "llama3",
                 "factor": 8.0,
-                "low_freq_factor": 4.0,
+                "low_freq_factor": 4.5,
                 "high_freq_factor": 4.0,
                 "original_max_position_embeddings": 512,
             },
             {},
-            "must be below",
+            "must be at most",
         ),
     ],
 )

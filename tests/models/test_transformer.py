@@ -75,7 +75,8 @@ def test_the_text_models_logits_equal_transformers(name, caplog):
     got = forward(model, want["input_ids"].astype(np.int32))
     np.testing.assert_allclose(got, want["logits"], atol=ATOL["golden"], rtol=0)
     left_out = [record.getMessage() for record in caplog.records]
-    assert len(left_out) == 2 and "left out vision_tower: " in left_out[1]
+    vision = "vision_model" if name == "llama4-images" else "vision_tower"
+    assert len(left_out) == 2 and f"left out {vision}: " in left_out[1]
 
 
 def test_both_config_styles_say_the_same(golden):
@@ -129,11 +130,13 @@ def test_variants_equal_the_formulas(changes, tmp_path):
 
 
 def dense(
-    q_BTNH, k_BTKH, v_BTKH, kv, *, layer, window, scale, softcap, sinks_N, alibi_N, kv_scales
-):
+    q_BTNH, k_BTKH, v_BTKH, kv, *,
+    layer, window, attention_chunk_size, scale, softcap, sinks_N, alibi_N, kv_scales,
+):  # fmt: skip
     """Attention with every logit at once, as one writes it down; of what families have alone,
     nothing."""
-    assert softcap is None and sinks_N is None and alibi_N is None and kv_scales is None
+    assert attention_chunk_size is None and softcap is None and kv_scales is None
+    assert sinks_N is None and alibi_N is None
     T, G = q_BTNH.shape[1], q_BTNH.shape[2] // k_BTKH.shape[2]
     k_BTNH, v_BTNH = (jnp.repeat(x, G, axis=2) for x in (k_BTKH, v_BTKH))
     behind_TS = jnp.arange(T)[:, None] - jnp.arange(T)[None]

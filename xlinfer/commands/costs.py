@@ -52,6 +52,7 @@ def work_of(deployment: Deployment, config: ModelConfig) -> Work:
         expert_bytes=expert_bytes * n // experts if experts else 0,
         expert_flops=2 * expert_numbers * n // experts if experts else 0,
         windows=config.windows,
+        attention_chunk_sizes=config.attention_chunk_sizes,
         kv_bytes=crosses
         * (deployment.memory.page_bytes / deployment.spec.page_size / facts.num_layers),
         pair_flops=crosses * _pair_flops(facts) // n,

@@ -12,7 +12,7 @@ from xlinfer.kvcache import FULL, KV, AnyMesh, Attend, LatentAttend
 from xlinfer.models.mla import LatentAttention
 from xlinfer.models.moe import MoE
 from xlinfer.models.parts import MLP, Attention, hidden_norm
-from xlinfer.models.rope import Angles
+from xlinfer.models.rope import Positions
 
 
 class Block(nnx.Module):
@@ -47,15 +47,18 @@ class Block(nnx.Module):
     def __call__(
         self,
         x_BTD: Float[Array, "B T D"],
-        angles: Angles | None,
+        positions: Positions,
         attend: Attend | LatentAttend,
         kv: KV,
         *,
         layer,
     ) -> tuple[Float[Array, "B T D"], KV]:
-        cfg, input_BTD, window = self.cfg, x_BTD, self.kind.window or FULL
+        cfg, input_BTD = self.cfg, x_BTD
         y_BTD = self.attn_norm(x_BTD) if cfg.pre_norm else x_BTD
-        o_BTD, kv = self.attn(y_BTD, angles, attend, kv, layer=layer, window=window)
+        o_BTD, kv = self.attn(
+            y_BTD, positions, attend, kv, layer=layer, window=self.kind.window or FULL,
+            attention_chunk_size=self.kind.attention_chunk_size,
+        )  # fmt: skip
         x_BTD = self._plus(x_BTD, self.attn_post_norm(o_BTD) if cfg.post_norm else o_BTD)
         if not cfg.shared_norm:
             z_BTD = input_BTD if cfg.parallel else x_BTD

@@ -100,17 +100,20 @@ def encoder_attend(
 def _whole_rows(device: Device, mesh: AnyMesh | None, lengths_B, *, causal: bool) -> Attend:
     def attend(
         q_BTNH, k_BTKH, v_BTKH, kv: KV, *,
-        layer, window, scale, softcap=None, sinks_N=None, alibi_N=None, distance_bias_NX=None,
-        kv_scales=None,
+        layer, window, scale, attention_chunk_size=None, softcap=None, sinks_N=None, alibi_N=None,
+        distance_bias_NX=None, kv_scales=None,
     ):  # fmt: skip
         del kv_scales  # of a cache
         constant = isinstance(window, int)
         if constant and window >= q_BTNH.shape[1]:
             window = None
+        if attention_chunk_size is not None and attention_chunk_size >= q_BTNH.shape[1]:
+            attention_chunk_size = None
 
         def local(q_BTNH, k_BTKH, v_BTKH, sinks_N, alibi_N, distance_bias_NX, traced):
             return flash_attention(
-                q_BTNH, k_BTKH, v_BTKH, window=window if constant else traced, scale=scale,
+                q_BTNH, k_BTKH, v_BTKH, window=window if constant else traced,
+                attention_chunk_size=attention_chunk_size, scale=scale,
                 causal=causal, softcap=softcap, sinks_N=sinks_N, alibi_N=alibi_N,
                 distance_bias_NX=distance_bias_NX, lengths_B=lengths_B, device=device,
             )  # fmt: skip

@@ -19,6 +19,7 @@ from xlinfer.models.causal_lm import (
     encoder_attend,
 )
 from xlinfer.models.parts import MLP, Attention, bias, hidden_norm, token_logits, weight
+from xlinfer.models.rope import Positions
 from xlinfer.models.scan import scan_layers
 from xlinfer.quant import apart, lookup, together
 
@@ -219,7 +220,8 @@ class Layer(nnx.Module):
         before = lambda norm, x_BTD: norm(x_BTD) if self.pre_norm else x_BTD
         after = lambda norm, x_BTD: x_BTD if self.pre_norm else norm(x_BTD)
         y_BTD = before(self.attn_norm, x_BTD)
-        y_BTD, kv = self.attn(y_BTD, None, attend, kv, layer=layer, window=FULL)
+        no_rope = Positions(None, None)
+        y_BTD, kv = self.attn(y_BTD, no_rope, attend, kv, layer=layer, window=FULL)
         x_BTD = after(self.attn_norm, x_BTD + y_BTD)
         if self.crosses:
             assert cross is not None, "a decoder needs what attends to its encoder's output"

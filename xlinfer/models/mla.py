@@ -13,7 +13,7 @@ from flax import nnx
 from xlinfer.config import ModelConfig
 from xlinfer.kvcache import FULL, KV, LatentAttend
 from xlinfer.models.parts import RMSNorm, matrix, weight
-from xlinfer.models.rope import Angles, rotate
+from xlinfer.models.rope import Positions, rotate
 from xlinfer.quant import product
 
 
@@ -43,10 +43,11 @@ class LatentAttention(nnx.Module):
         self.cfg, self.mla = cfg, cfg.mla
 
     def __call__(
-        self, x_BTD, angles: Angles | None, attend: LatentAttend, kv: KV, *, layer, window
-    ):
-        cfg, mla = self.cfg, self.mla
-        assert window == FULL, "no family has latents and windows"
+        self, x_BTD, positions: Positions, attend: LatentAttend, kv: KV, *, layer, window,
+        attention_chunk_size,
+    ):  # fmt: skip
+        cfg, mla, angles = self.cfg, self.mla, positions.angles
+        assert window == FULL and attention_chunk_size is None, "no family has latents and these"
         if mla.query_rank is None:
             q_BTX = product(x_BTD, self.q_D_NH)
         else:

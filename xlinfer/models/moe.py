@@ -79,7 +79,8 @@ class MoE(nnx.Module):
             logits_TR += self.router_bias_R[...].astype(jnp.float32)[None]
         is_softmax = self.moe.scores == "softmax"
         score_TR = jax.nn.softmax(logits_TR) if is_softmax else jax.nn.sigmoid(logits_TR)
-        chosen_by_TR = score_TR
+        # Not by sigmoids alone: those of large logits are all 1.
+        chosen_by_TR = score_TR if is_softmax else logits_TR
         if self.moe.selection_bias:
             chosen_by_TR = score_TR + self.selection_bias_R[...][None]
         if (groups := self.moe.groups) is not None:
@@ -94,7 +95,8 @@ class MoE(nnx.Module):
         return weight_Tk, expert_Tk
 
     def experts(self, x_TD: Float[Array, "T D"], choice: Choice) -> Float[Array, "T D"]:
-        """The sum of the chosen experts' outputs by their weights."""
+        """The sum of the chosen experts' outputs by their weights, or of their outputs for the
+        token by their weights."""
         matrices = self.gate_up_EID.get_value(), self.down_EDI.get_value()
         biases = (self.gate_up_bias_EI[...], self.down_bias_ED[...]) if self.moe.bias else None
         mesh, E = self.mesh, self.moe.num_experts
@@ -145,6 +147,10 @@ class MoE(nnx.Module):
             return y_MN + biases[which].at[sorted_M].get(mode="fill", fill_value=0)  # number E: 0
 
         x_MD = x_TD[order_M // self.moe.num_experts_per_tok]
+        if self.moe.scaled_inputs:
+            weight_M1 = weight_Tk.reshape(-1)[order_M, None]
+            x_MD = (x_MD.astype(jnp.float32) * weight_M1).astype(x_MD.dtype)
+            weight_Tk = jnp.ones_like(weight_Tk)
         gate_MI, up_MI = jnp.split(product(x_MD, gate_up, 0), 2, axis=-1)
         y_MD = product(activate(self.activation, gate_MI, up_MI), down, 1)
         y_TkD = y_MD[row_M].reshape(*expert_Tk.shape, -1).astype(jnp.float32)

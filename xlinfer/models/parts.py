@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from xlinfer.config import Activation, ClampedSwiGLU, ModelConfig
 from xlinfer.kvcache import KV, Attend, Scales
-from xlinfer.models.rope import Angles, rotate
+from xlinfer.models.rope import Positions, rotate
 from xlinfer.quant import QTensor, product
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -58,6 +58,12 @@ def kv_scale(num_kv_heads: int) -> nnx.Param:
     return nnx.Param(jnp.ones(num_kv_heads, jnp.float32), logical_axes=("kv_heads",))
 
 
+def unit_rms(x: Array, eps: float) -> Array:
+    """x over the root of its mean square along the last axis, float32: bf16 squares lose it."""
+    y = x.astype(jnp.float32)
+    return y * jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + eps)
+
+
 class RMSNorm(nnx.Module):
     """With `offset` the weight is 1 + scale, in float32: bf16 has few numbers near 1."""
 
@@ -67,9 +73,8 @@ class RMSNorm(nnx.Module):
         self.eps, self.offset = eps, offset
 
     def __call__(self, x):
-        """Normalizes the last axis; float32 inside, since bf16 squares lose the norm."""
-        y = x.astype(jnp.float32)
-        y = y * jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + self.eps)
+        """Normalizes the last axis."""
+        y = unit_rms(x, self.eps)
         scale = along_last(self.scale_D, x)
         if self.offset:
             return (y * (1 + scale.astype(jnp.float32))).astype(x.dtype)
@@ -133,7 +138,10 @@ class Attention(nnx.Module):
             self.v_scale_K = kv_scale(K)
         self.cfg = cfg
 
-    def __call__(self, x_BTD, angles: Angles | None, attend: Attend, kv: KV, *, layer, window):
+    def __call__(
+        self, x_BTD, positions: Positions, attend: Attend, kv: KV, *, layer, window,
+        attention_chunk_size: int | None = None,
+    ):  # fmt: skip
         cfg = self.cfg
         q_BTNH, (k_BTKH, v_BTKH) = self.queries(x_BTD), self.keys_values(x_BTD)
         if cfg.qk_norm == "head":
@@ -141,11 +149,18 @@ class Attention(nnx.Module):
         if cfg.qk_norm == "all":
             together = lambda norm, x: norm(x.reshape(*x.shape[:2], -1)).reshape(x.shape)
             q_BTNH, k_BTKH = together(self.q_norm, q_BTNH), together(self.k_norm, k_BTKH)
-        if angles is not None:
-            turn = partial(rotate, angles=angles, interleaved=cfg.rope_interleaved)
+        if positions.angles is not None:
+            turn = partial(rotate, angles=positions.angles, interleaved=cfg.rope_interleaved)
             q_BTNH, k_BTKH = turn(q_BTNH), turn(k_BTKH)
+            if cfg.qk_norm == "after_rope":
+                unit = lambda x: unit_rms(x, cfg.norm_eps).astype(x.dtype)
+                q_BTNH, k_BTKH = unit(q_BTNH), unit(k_BTKH)
+        if (temperature_BT := positions.temperature_BT) is not None:
+            scaled_BTNH = q_BTNH.astype(jnp.float32) * temperature_BT[..., None, None]
+            q_BTNH = scaled_BTNH.astype(q_BTNH.dtype)
         o_BTNH, kv = attend(
-            q_BTNH, k_BTKH, v_BTKH, kv, layer=layer, window=window, scale=cfg.attention_scale,
+            q_BTNH, k_BTKH, v_BTKH, kv, layer=layer, window=window,
+            attention_chunk_size=attention_chunk_size, scale=cfg.attention_scale,
             softcap=cfg.attention_softcap,
             sinks_N=self.sinks_N[...].astype(jnp.float32) if cfg.sinks else None,
             alibi_N=self._slopes(),

@@ -5,6 +5,7 @@ transformers' `modeling_rope_utils`, because at position 100,000 one rounding is
 """
 
 import math
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +18,7 @@ from xlinfer.config import (
     Llama3Rope,
     LongRope,
     Rope,
+    TemperatureTuning,
     YarnRope,
 )
 
@@ -59,7 +61,7 @@ def _llama3(rope: Llama3Rope, head_dim: int) -> np.ndarray:
     trained = rope.original_max_position_embeddings
     wavelength_h = 2 * math.pi / freq_h
     low, high = rope.low_freq_factor, rope.high_freq_factor
-    smooth_h = (trained / wavelength_h - low) / (high - low)
+    smooth_h = (trained / wavelength_h - low) / (high - low or 1.0)  # Llama 4 has no ramp
     ramp_h = (1 - smooth_h) * freq_h / rope.factor + smooth_h * freq_h
     slow_h = np.where(wavelength_h > trained / low, freq_h / rope.factor, ramp_h)
     return np.where(wavelength_h < trained / high, freq_h, slow_h).astype(np.float32)
@@ -90,6 +92,19 @@ def _longrope(rope: LongRope, head_dim: int, context_len: int) -> np.ndarray:
 
 
 Angles = tuple[Float[Array, "B T h"], Float[Array, "B T h"]]  # cos, sin of h pairs
+
+
+class Positions(NamedTuple):
+    """What the tokens' positions do to q and k, in the layers of one rope."""
+
+    angles: Angles | None  # None: they are not rotated
+    temperature_BT: Float[Array, "B T"] | None  # float32, of q; None: it stays
+
+
+def temperatures(tuning: TemperatureTuning, pos_BT: Int[Array, "B T"]) -> Float[Array, "B T"]:
+    """What the query at each position is multiplied by, float32."""
+    steps_BT = jnp.floor((pos_BT.astype(jnp.float32) + 1) / tuning.floor_scale)
+    return jnp.log1p(steps_BT) * tuning.attn_scale + 1
 
 
 def rope_angles(freq_h: np.ndarray, scale: float, pos_BT: Int[Array, "B T"]) -> Angles:

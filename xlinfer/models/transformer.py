@@ -14,7 +14,7 @@ from xlinfer.kvcache import KV, AnyMesh, Attend, LatentAttend, Latents
 from xlinfer.models.block import Block
 from xlinfer.models.causal_lm import causal_attend, causal_latent_attend
 from xlinfer.models.parts import bias, hidden_norm, token_logits, weight
-from xlinfer.models.rope import Angles, rope_angles, rope_frequencies
+from xlinfer.models.rope import Positions, rope_angles, rope_frequencies, temperatures
 from xlinfer.models.scan import scan_layers
 from xlinfer.quant import apart, lookup, together
 from xlinfer.stacks import Run, runs
@@ -98,24 +98,26 @@ class Transformer(nnx.Module):
             x_BTD *= self.cfg.embedding_multiplier
         if self.cfg.learned_positions:
             x_BTD += self.positions_MD[...][pos_BT]
-        angles = {
-            rope: self._angles(rope, pos_BT, context_len) for rope in dict.fromkeys(self.cfg.ropes)
+        positions = {
+            rope: self._positions(rope, pos_BT, context_len)
+            for rope in dict.fromkeys(self.cfg.ropes)
         }
         stacks, carry = iter(self.layers), (x_BTD, kv)
         for run in self.runs:
             blocks = list(itertools.islice(stacks, run.period))
-            carry = _scan(run, blocks, carry, angles, attend)
+            carry = _scan(run, blocks, carry, positions, attend)
         x_BTD, kv = carry
         return self.norm(x_BTD), kv
 
-    def _angles(
+    def _positions(
         self, rope: Rope | None, pos_BT: Int[Array, "B T"], context_len: int
-    ) -> Angles | None:
-        """Once for all layers of that rope. None: they do not rotate."""
+    ) -> Positions:
+        """Once for all layers of that rope."""
         if rope is None:
-            return None
+            tuning = self.cfg.temperature_tuning
+            return Positions(None, None if tuning is None else temperatures(tuning, pos_BT))
         freq_h, scale = rope_frequencies(rope, self.cfg.rotary_dim, context_len)
-        return rope_angles(freq_h, scale, pos_BT)
+        return Positions(rope_angles(freq_h, scale, pos_BT), None)
 
     def logits(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Float32 scores of the next token."""
@@ -126,7 +128,7 @@ def _scan(
     run: Run,
     blocks: list[Block],
     carry: Any,
-    angles: Mapping[Rope | None, Any],
+    positions: Mapping[Rope | None, Positions],
     attend: Attend | LatentAttend,
 ) -> Any:
     """x and the cache after the layers of `run`, whose stacks are `blocks`."""
@@ -138,7 +140,7 @@ def _scan(
         for j, one in enumerate(blocks):
             block = nnx.merge(graphs[j], together(weights[j], whole[j], i))
             layer = i * run.period + (run.first + j)
-            x_BTD, kv = block(x_BTD, angles[one.kind.rope], attend, kv, layer=layer)
+            x_BTD, kv = block(x_BTD, positions[one.kind.rope], attend, kv, layer=layer)
         return x_BTD, kv
 
     return scan_layers(period, carry, (sliced, jnp.arange(run.repeats)))

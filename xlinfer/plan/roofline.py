@@ -39,11 +39,18 @@ class Work:
     expert_bytes: int  # of one expert in all layers
     expert_flops: int  # of a token in one expert, all layers
     windows: tuple[int | None, ...]  # per layer: tokens seen; None sees all
+    # Per layer: of those, the ones of a token's own chunk; None: sequences are not cut.
+    attention_chunk_sizes: tuple[int | None, ...]
     kv_bytes: float  # of a token in one layer: this device's heads
     pair_flops: int  # of a query and a key in one layer: this device's heads
     hidden_bytes: int  # of a token
     all_reduces: int  # of a token's hidden state, in one step
     vocab_size: int
+
+    @property
+    def reaches(self) -> tuple[tuple[int | None, int | None], ...]:
+        """Of each layer, the window and the chunk's size."""
+        return tuple(zip(self.windows, self.attention_chunk_sizes, strict=True))
 
 
 class Step(NamedTuple):
@@ -72,7 +79,7 @@ class Step(NamedTuple):
 
 def decode_step(work: Work, rates: Rates, *, batch: int, context: int) -> Step:
     """A token for each of `batch` sequences, which stand at `context` tokens each."""
-    seen = sum(min(context, window or context) for window in work.windows)
+    seen = sum(pairs(context - 1, context, *reach) for reach in work.reaches)
     return _step(
         work, rates, tokens=batch, sampled=batch, pairs=batch * seen,
         kv_tokens=batch * (seen + len(work.windows)),
@@ -85,11 +92,13 @@ def prefill_steps(work: Work, rates: Rates, *, prompt: int, chunk: int) -> list[
     steps = []
     for start in range(0, prompt, chunk):
         end = min(start + chunk, prompt)
-        read = sum(min(start, window or start) for window in work.windows)
+        read = sum(
+            min(start % size if size else start, window or start) for window, size in work.reaches
+        )
         steps.append(
             _step(
                 work, rates, tokens=end - start, sampled=int(end == prompt),
-                pairs=sum(pairs(start, end, window) for window in work.windows),
+                pairs=sum(pairs(start, end, *reach) for reach in work.reaches),
                 kv_tokens=read + 2 * (end - start) * len(work.windows),
             )
         )  # fmt: skip
@@ -107,14 +116,16 @@ def limit_of(steps: list[Step]) -> Resource:
     return max(names, key=lambda name: spent[name])
 
 
-def pairs(start: int, end: int, window: int | None) -> int:
+def pairs(start: int, end: int, window: int | None, attention_chunk_size: int | None = None) -> int:
     """Keys that the causal queries at positions start..end-1 see, itself included, together."""
-    upto = lambda n: n * (n + 1) // 2
-    if window is None or end <= window:
-        return upto(end) - upto(start)
-    if start >= window:
-        return (end - start) * window
-    return upto(window) - upto(start) + (end - window) * window
+    size = attention_chunk_size or max(end, 1)
+
+    def in_chunk(n: int) -> int:
+        short = min(n, window or n)  # whose window reaches past the chunk's first token
+        return short * (short + 1) // 2 + (n - short) * short
+
+    upto = lambda n: n // size * in_chunk(size) + in_chunk(n % size)
+    return upto(end) - upto(start)
 
 
 def distinct_experts(work: Work, tokens: int) -> float:
