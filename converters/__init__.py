@@ -25,7 +25,7 @@ from converters.formats.safetensors import read_tensor as read_safetensor
 from converters.kv_scales import unused
 from converters.multimodal import LeftOut, text_document, text_tensors
 from converters.packed import form_of_rule, packings, with_weight_forms
-from converters.quantization import BESIDE, KEYS, read_kv_scales, read_scheme
+from converters.quantization import APART, BESIDE, KEYS, read_kv_scales, read_scheme
 from converters.rules import Cut, Layout, Rule, cut_out, expand
 from converters.schedule import AnyStep, PackedStep, ScaleStep, Step, schedule
 from xlinfer.config import GenerationConfig, ModelConfig
@@ -103,7 +103,7 @@ class Checkpoint:
             tensors = {family.prefix + name: info for name, info in tensors.items()}
         rules = tuple(
             rule
-            for rule in parameter_rules(self.config, kv_replicas)
+            for rule in parameter_rules(self.config, kv_replicas, scheme or self.scheme)
             if not all(name in family.zeros and name not in tensors for name in rule.sources)
         )
         placed = {name for rule in rules for name in rule.sources}
@@ -241,7 +241,7 @@ def read_model(path: Path, document: Mapping[str, Any]) -> ModelConfig:
         )
     if scheme is None:
         return config
-    return with_weight_forms(config, parameter_rules(config), scheme)
+    return with_weight_forms(config, parameter_rules(config, scheme=scheme), scheme)
 
 
 def read_config(folder: Path) -> Mapping[str, Any]:
@@ -266,7 +266,7 @@ def weight_forms(
     if scheme is None:
         return {}
     forms = {}
-    for rule in parameter_rules(config, kv_replicas):
+    for rule in parameter_rules(config, kv_replicas, scheme):
         if held := packings(rule, scheme):
             forms[rule.target] = form_of_rule(rule, held, where)
     return {target: form for target, form in forms.items() if form is not None}
@@ -293,10 +293,15 @@ def _with_blocks(values: Mapping[str, Any], tensors: Mapping[str, GGUFTensor]) -
     return {**values, KEYS[0]: {"quant_method": "gguf", "types": types}} if types else values
 
 
-def parameter_rules(config: ModelConfig, kv_replicas: int = 1) -> tuple[Rule, ...]:
-    """Each parameter of the Transformer of `config`: its shape and the tensors that make it.
+def parameter_rules(
+    config: ModelConfig, kv_replicas: int = 1, scheme: Scheme | None = None
+) -> tuple[Rule, ...]:
+    """Each parameter of the Transformer of `config`: its shape and the tensors that make it, in a
+    checkpoint whose weights are held by `scheme`.
 
     `config` is the checkpoint's own; with `kv_replicas` > 1 every kv head stands that many times
     in the parameter, for meshes with more devices than kv heads.
     """
-    return expand(FAMILIES[config.model_type].rows(config), config, kv_replicas)
+    family = FAMILIES[config.model_type]
+    apart = family.rows_apart if scheme is not None and scheme.name in APART else None
+    return expand((apart or family.rows)(config), config, kv_replicas)

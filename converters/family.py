@@ -13,6 +13,9 @@ class Family:
     model_type: str  # as config.json has it
     read: Callable[[Constants], ModelConfig]
     rows: Callable[[ModelConfig], tuple[Row, ...]]
+    # The same of a checkpoint in one of quantization.APART, where float ones hold all experts of a
+    # layer in one tensor; None: they do not.
+    rows_apart: Callable[[ModelConfig], tuple[Row, ...]] | None = None
     # What some files leave out before every name, as those do that were saved without a head.
     prefix: str = ""
     ignored: tuple[str, ...]  # patterns of tensors that carry no weight of the model

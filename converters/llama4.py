@@ -4,6 +4,7 @@ is for every token."""
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from converters import moe
@@ -53,8 +54,11 @@ EXPERTS = (
         inputs="D",
     ),
     Row("layers.moe.down_EDI", f"{FEED_FORWARD}.experts.down_proj", "E I D -> E D I", inputs="I"),
-    *moe.shared_rows("feed_forward.shared_expert"),
 )  # fmt: skip
+EXPERTS_APART = moe.expert_rows(
+    "feed_forward", "gate_proj", "up_proj", "down_proj", router="router"
+)
+SHARED = moe.shared_rows("feed_forward.shared_expert")
 
 
 def read_llama4(constants: Constants) -> ModelConfig:
@@ -131,10 +135,15 @@ def _temperature_tuning(constants: Constants) -> TemperatureTuning | None:
     )
 
 
-def llama4_rows(config: ModelConfig) -> tuple[Row, ...]:
-    return (*llama_rows(config, NAMES), *(EXPERTS if config.moe is not None else ()))
+def llama4_rows(config: ModelConfig, experts: tuple[Row, ...] = EXPERTS) -> tuple[Row, ...]:
+    return (*llama_rows(config, NAMES), *((*experts, *SHARED) if config.moe is not None else ()))
 
 
 LLAMA4_TEXT = Family(
-    model_type="llama4_text", read=read_llama4, rows=llama4_rows, ignored=IGNORED, copies=COPIES
+    model_type="llama4_text",
+    read=read_llama4,
+    rows=llama4_rows,
+    rows_apart=partial(llama4_rows, experts=EXPERTS_APART),
+    ignored=IGNORED,
+    copies=COPIES,
 )

@@ -22,11 +22,13 @@ QWEN_ABSENT: Mapping[str, Any] = {
 }
 
 
-def expert_rows(block: str, gate: str, up: str, down: str) -> tuple[Row, ...]:
+def expert_rows(
+    block: str, gate: str, up: str, down: str, *, router: str = "gate"
+) -> tuple[Row, ...]:
     """The router and the experts of the block of that name, whose matrices are named so."""
     expert = f"{LAYER}{block}.experts.{{expert}}."
     return (
-        Row("layers.moe.router_DR", f"{LAYER}{block}.gate.weight", "R D -> D R"),
+        Row("layers.moe.router_DR", f"{LAYER}{block}.{router}.weight", "R D -> D R"),
         Row(
             "layers.moe.gate_up_EID",
             f"{expert}{{part}}.weight",

@@ -30,6 +30,8 @@ METHODS: Mapping[str, Callable[[str, Mapping[str, Any]], Scheme]] = {
     "mxfp4": read_mxfp4,
     "gguf": read_gguf_blocks,
 }
+# Formats of linear layers alone: what writes them makes such layers of each expert first.
+APART = frozenset({"gptq", "awq", "compressed-tensors"})
 REFUSED: Mapping[str, str] = {
     "quark": "AMD's Quark has layouts of its own",
     "torchao": "its tensors are pickled Python objects",

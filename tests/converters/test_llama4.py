@@ -1,17 +1,23 @@
 """config.json of Llama 4: what is read, what stands for what is absent, what is refused."""
 
 import math
+from functools import partial
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from converters import CheckpointError, parameter_rules, parse_config, text_document
 from converters.inspect import main as inspect
-from tests.checkpoints import GOLDENS, config, opened
+from converters.quantization import KEYS, read_scheme
+from tests.checkpoints import GOLDENS, config, opened, write
+from tests.converters import packers
+from tests.converters.quantized import matrices, of_all
 from xlinfer.config import Llama3Rope, MoE, TemperatureTuning
 from xlinfer.models.rope import rope_frequencies
 from xlinfer.stacks import runs
+from xlinfer.weights import load_model
 
 
 def llama4(**changes: Any) -> dict[str, Any]:
@@ -132,3 +138,44 @@ def test_chunks_are_said_by_layer(capsys):
     said = capsys.readouterr().out
     assert "chunks      layers 0, 2: 12; layers 1, 3: none" in said
     assert "temperature_tuning (attn_scale 0.8, floor_scale 6.0)" in said
+
+
+ATOL = 2e-4  # float32, logits of a few units: packed products sum in another order
+QUANTIZED = {
+    "gptq": partial(packers.gptq, bits=4, group=32, symmetric=True, version="v1"),
+    "awq": partial(packers.awq, group=32, version="gemm"),
+    "compressed-tensors": partial(packers.packed_ints, bits=4, group=32, symmetric=True),
+}
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_a_quantized_one_has_a_tensor_for_each_expert(name, tmp_path):
+    """And computes what its dequantized weights do, fused as float checkpoints have them."""
+    cfg = llama4(
+        hidden_size=64, intermediate_size=32, intermediate_size_mlp=64, head_dim=16,
+        attention_chunk_size=8, num_hidden_layers=2, interleave_moe_layer_step=2,
+        no_rope_layer_interval=2,
+    )  # fmt: skip
+    rng, held = np.random.default_rng(0), {}
+    scheme = read_scheme("config.json", {KEYS[0]: QUANTIZED[name](rng, 64, 64).config})
+    for rule in parameter_rules(parse_config(tmp_path, cfg), scheme=scheme):
+        held |= {
+            source: rng.normal(0, 0.3, rule.source_shape).astype(np.float32)
+            for source in rule.sources
+        }
+    modules = matrices(held)
+    packed, floats, said = of_all(QUANTIZED[name], rng, held, modules)
+    smaller = lambda x: (x / 64).astype(x.dtype)  # else softmax has one winner, and errors grow
+    packed |= {n: smaller(x) for n, x in packed.items() if n.endswith(("scales", "_scale"))}
+    floats |= {f"{module}.weight": smaller(floats[f"{module}.weight"]) for module in modules}
+    experts = "model.layers.1.feed_forward.experts"
+    taken = [n for n in floats if n.startswith(experts)]
+    apart = {n.removeprefix(f"{experts}."): floats.pop(n).T for n in taken}
+    of = lambda part: np.stack([apart[f"{e}.{part}_proj.weight"] for e in range(4)])
+    floats[f"{experts}.gate_up_proj"] = np.concatenate([of("gate"), of("up")], axis=-1)
+    floats[f"{experts}.down_proj"] = np.ascontiguousarray(of("down"))
+    got = write(tmp_path / "packed", {**cfg, "quantization_config": said}, packed)
+    want = write(tmp_path / "floats", cfg, floats)
+    tokens = jnp.arange(20)[None]
+    got_BTV, want_BTV = (load_model(f, dtype=np.dtype("float32"))(tokens) for f in (got, want))
+    assert jnp.abs(got_BTV - want_BTV).max() < ATOL
