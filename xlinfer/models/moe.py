@@ -95,8 +95,8 @@ class MoE(nnx.Module):
         return weight_Tk, expert_Tk
 
     def experts(self, x_TD: Float[Array, "T D"], choice: Choice) -> Float[Array, "T D"]:
-        """The sum of the chosen experts' outputs by their weights, or of their outputs for the
-        token by their weights."""
+        """The sum of the chosen experts' outputs by their weights, or of what they make of the
+        token by its weights."""
         matrices = self.gate_up_EID.get_value(), self.down_EDI.get_value()
         biases = (self.gate_up_bias_EI[...], self.down_bias_ED[...]) if self.moe.bias else None
         mesh, E = self.mesh, self.moe.num_experts
