@@ -65,6 +65,7 @@ def _by_xla(op: Callable, name: str, case: Any) -> Entrant:
     def paged(*args):
         *args, window, sinks, alibi, kv_scales = args
         options = {"sinks_N": sinks, "alibi_N": alibi, "kv_scales": kv_scales}
+        options["attention_chunk_size"] = case.attention_chunk_size
         scale = case.scale or case.H**-0.5
         return op(*args, window=window, scale=scale, softcap=case.softcap, **options, **fixed)
 
@@ -79,6 +80,7 @@ def _by_xla(op: Callable, name: str, case: Any) -> Entrant:
 def _paged_attention(case: Any, device: Device) -> list[Entrant]:
     found = [_by_xla(paged_attention.write_and_attend, "paged_attention", case)]
     odd = case.sinks or case.alibi or case.softcap is not None
+    odd |= case.attention_chunk_size is not None
     scale = case.scale or case.H**-0.5
     if not odd and set(case.queries) == {1} and case.window >= FULL:
         found.append(Entrant("cudnn, keys side by side", partial(_decode, scale), prepare=_gather))
