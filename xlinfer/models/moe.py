@@ -79,8 +79,8 @@ class MoE(nnx.Module):
             logits_TR += self.router_bias_R[...].astype(jnp.float32)[None]
         is_softmax = self.moe.scores == "softmax"
         score_TR = jax.nn.softmax(logits_TR) if is_softmax else jax.nn.sigmoid(logits_TR)
-        # Not by sigmoids alone: those of large logits are all 1.
-        chosen_by_TR = score_TR if is_softmax else logits_TR
+        # Sigmoids of large logits are all 1; where nothing is added to them, logits order as well.
+        chosen_by_TR = score_TR if is_softmax or self.moe.groups is not None else logits_TR
         if self.moe.selection_bias:
             chosen_by_TR = score_TR + self.selection_bias_R[...][None]
         if (groups := self.moe.groups) is not None:
