@@ -4,10 +4,10 @@ A tensor is moved as it is; the programs here cast, unpack and transpose it and 
 parameter, whose buffer they reuse.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -89,14 +89,32 @@ def loaded(array: jax.Array, target: jax.ShapeDtypeStruct) -> jax.Array:
     return jax.device_put(whole.astype(target.dtype), target.sharding)
 
 
+class Write(NamedTuple):
+    """A program of this module and what it is called with, the parameter's arrays first: it uses
+    them up and gives them back with a tensor in its place."""
+
+    program: Any
+    arguments: tuple
+
+    def run(self) -> Any:
+        return self.program(*self.arguments)
+
+
+Move = Callable[[np.ndarray, NamedSharding], Any]  # from the host to the devices
+
+
 def place(step: Step, parameter: jax.Array, lies: NamedSharding, mesh: Mesh) -> jax.Array:
     """`parameter` with the step's tensor in it; `parameter` itself is used up."""
+    return write(step, parameter, lies, mesh, jax.device_put).run()
+
+
+def write(step: Step, parameter: Any, lies: NamedSharding, mesh: Mesh, move: Move) -> Write:
     layout = step.rule.layout
     host = cut_out(read_tensor(step.tensor), step.rule)
     if host.dtype == np.float64:  # jax has no such arrays by default
         host = host.astype(np.float32)
-    moved = jax.device_put(host, _source_sharding(layout, mesh))
-    return _write(parameter, moved, np.array(step.start, np.int32), layout, lies)
+    moved = move(host, _source_sharding(layout, mesh))
+    return Write(_write, (parameter, moved, np.array(step.start, np.int32), layout, lies))
 
 
 def place_scale(step: ScaleStep, parameter: jax.Array, lies: NamedSharding) -> jax.Array:
@@ -157,14 +175,22 @@ def place_packed(
     """`place` for a matrix of a quantized format; `target` is the QTensor, or array, of
     ShapeDtypeStructs that `parameter` is to be. `orders` are those of the inputs so far, by their
     places. Raises CheckpointError where one place gets two."""
+    done = write_packed(step, parameter, target, mesh, orders, jax.device_put).run()
+    return replace(parameter, **done) if isinstance(parameter, QTensor) else done
+
+
+def write_packed(
+    step: PackedStep, parameter: Any, target: Any, mesh: Mesh, orders: Orders, move: Move
+) -> Write:
     host = {role: read_tensor(tensor) for role, tensor in step.tensors.items()}
     code, host = step.settle(host)
-    moved = {role: jax.device_put(x, _split_somewhere(x, mesh)) for role, x in host.items()}
+    moved = {role: move(x, _split_somewhere(x, mesh)) for role, x in host.items()}
     if not isinstance(parameter, QTensor):
         rule, stored = step.rule, tuple(np.argsort(step.matrix.axes).tolist())
         start = np.array(rule.starts[step.source], np.int32)
         way = (rule.layout, rule.cut)
-        return _write_floats(parameter, moved, start, code, stored, way, target.sharding)
+        arguments = parameter, moved, start, code, stored, way, target.sharding
+        return Write(_write_floats, arguments)
     form = parameter.form
     arrays = {name: x for name in ARRAYS if (x := getattr(parameter, name)) is not None}
     rules = array_rules(step.rule, form, step.matrix.shape[-1])
@@ -182,10 +208,8 @@ def place_packed(
     if isinstance(code, Round):
         whole = array_rule(step.rule, (OUT, IN), step.matrix.shape[-1])
         way = (whole.layout, whole.cut)
-        done = _write_rounded(arrays, moved["weight"], starts, code, form, way, lies)
-    else:
-        done = _write_packed(arrays, moved, starts, code, form, ways, lies)
-    return replace(parameter, **done)
+        return Write(_write_rounded, (arrays, moved["weight"], starts, code, form, way, lies))
+    return Write(_write_packed, (arrays, moved, starts, code, form, ways, lies))
 
 
 def array_rules(rule: Rule, form: Form, K: int) -> dict[str, Rule]:

@@ -4,7 +4,8 @@ For each op, case and device, in a process of its own: it compiles, no register 
 and VMEM is enough (the TPU compiler refuses otherwise), no dequantised copy of the weights is
 among the temporaries, and a TPU kernel's cost estimate is the work that the case needs. The
 engine's own programs for Llama 3 8B hold kernels, alias their cache and copy no weights; the
-model's own forward holds kernels and no square of logits.
+model's own forward holds kernels and no square of logits; and what writes a checkpoint's tensors
+into the parameters aliases these, and holds less than a layer beside them.
 """
 
 import argparse
@@ -23,10 +24,12 @@ from typing import Any, NamedTuple
 
 from pallas_kernels.cases import OPS
 from pallas_kernels.devices import DEVICES, GPUS, TPUS
+from tools.aot.load import KINDS
 from tools.aot.programs import PROGRAMS
 
 COMPILERS = Path(sys.prefix) / "compilers"  # where ./run puts them
 ENGINE = "engine"  # not an op: its programs for Llama 3 8B, tools/aot/programs.py
+LOAD = "load"  # its checkpoint into the parameters, tools/aot/load.py
 TIMEOUT_S = 300
 # A kernel's estimate may count whole tiles where the work counts what is used of them, and
 # quantizing the activations where the work counts the product alone.
@@ -62,6 +65,10 @@ def jobs(ops: Sequence[str], devices: Sequence[str], case: str | None, fast: boo
                 if case in (None, f"{program}_{bucket}")
             ]
             continue
+        if op == LOAD:
+            some = list(KINDS)[:1] if fast else list(KINDS)
+            found += [Job(LOAD, k, "xla", d) for d in devices for k in some if case in (None, k)]
+            continue
         cases = importlib.import_module(f"pallas_kernels.{op}.cases")
         for name in devices:
             device = DEVICES[name]
@@ -88,6 +95,8 @@ def run(job: Job) -> Outcome:
     if job.op == ENGINE:
         program, _, bucket = job.case.partition("_")
         command = ["tools.aot.programs", program, bucket, job.impl, job.device]
+    elif job.op == LOAD:
+        command = ["tools.aot.load", job.case, job.device]
     else:
         command = ["tools.aot.one", *job]
     try:
@@ -117,15 +126,19 @@ def faults(job: Job, report: dict[str, Any]) -> list[str]:
     found = []
     if report["spilled"]:
         found.append(f"{report['spilled']} bytes of registers spilled")
+    if job.op in (ENGINE, LOAD) and report["temp_bytes"] > report["most_temp_bytes"]:
+        found.append(
+            f"{report['temp_bytes']} bytes of temporaries, at most {report['most_temp_bytes']}"
+        )
+    if job.op == LOAD:
+        if report["copied_bytes"]:
+            found.append(f"{report['copied_bytes']} bytes of a parameter are copied at every write")
+        return found
     if job.op == ENGINE:
         if report["kernels"] == 0:
             found.append("no Pallas kernel is in it")
         if report["alias_bytes"] < report["cache_bytes"]:
             found.append(f"{report['alias_bytes']} bytes aliased: the cache is copied")
-        if report["temp_bytes"] > report["most_temp_bytes"]:
-            found.append(
-                f"{report['temp_bytes']} bytes of temporaries, at most {report['most_temp_bytes']}"
-            )
         if report["unwanted"]:
             found.append(f"XLA made {len(report['unwanted'])} such: {report['unwanted'][0]}")
         return found
@@ -167,7 +180,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
         prog="./run aot", description="Compile the kernels for devices that are not here."
     )
     parser.add_argument(
-        "--op", action="append", choices=(*OPS, ENGINE), help="only this; repeatable"
+        "--op", action="append", choices=(*OPS, ENGINE, LOAD), help="only this; repeatable"
     )
     parser.add_argument("--device", action="append", choices=names, help="only for this device")
     parser.add_argument("--case", help="only the case of this name")
@@ -175,7 +188,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write the reports here")
     parser.add_argument("--verbose", action="store_true", help="print a failed compile's output")
     args = parser.parse_args(argv)
-    args.op, args.device = args.op or [*OPS, ENGINE], args.device or names
+    args.op, args.device = args.op or [*OPS, ENGINE, LOAD], args.device or names
     return args
 
 

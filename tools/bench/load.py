@@ -33,6 +33,10 @@ GROUP = 128
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "sym": True, "desc_act": False}
 Spec = tuple[str, str, tuple[int, ...]]  # name, dtype of safetensors, shape
 ITEMSIZE = {"BF16": 2, "F16": 2, "I32": 4}
+OUTSIDE: list[Spec] = [
+    ("model.embed_tokens.weight", "BF16", (V, D)), ("lm_head.weight", "BF16", (V, D)),
+    ("model.norm.weight", "BF16", (D,)),
+]  # fmt: skip
 
 
 def main() -> dict[str, dict[str, float]]:
@@ -78,18 +82,9 @@ def forget(files: list[Path]) -> None:
 def write(path: Path, kind: str) -> int:
     """A checkpoint of at least BYTES; how many it has."""
     one = sum(size(spec) for spec in layer(kind, 0))
-    outside = [("model.embed_tokens.weight", "BF16", (V, D)), ("lm_head.weight", "BF16", (V, D))]
-    outside += [("model.norm.weight", "BF16", (D,))]
-    layers = -(-(BYTES - sum(map(size, outside))) // one)
-    specs = [*outside, *(spec for i in range(layers) for spec in layer(kind, i))]
-    config = {
-        "model_type": "llama", "vocab_size": V, "hidden_size": D, "intermediate_size": F,
-        "num_hidden_layers": layers, "num_attention_heads": N, "num_key_value_heads": K,
-        "head_dim": H, "hidden_act": "silu", "rms_norm_eps": 1e-5, "dtype": "bfloat16",
-        "max_position_embeddings": 8192, "rope_theta": 5e5, "tie_word_embeddings": False,
-        **({} if kind == "bfloat16" else {"quantization_config": GPTQ}),
-    }  # fmt: skip
-    (path / "config.json").write_text(json.dumps(config))
+    layers = -(-(BYTES - sum(map(size, OUTSIDE))) // one)
+    specs = [*OUTSIDE, *(spec for i in range(layers) for spec in layer(kind, i))]
+    (path / "config.json").write_text(json.dumps(config(kind, layers)))
     weight_map, shard, held = {}, [], 0
     shards = []
     for spec in specs:
@@ -106,6 +101,16 @@ def write(path: Path, kind: str) -> int:
     index = {"metadata": {}, "weight_map": weight_map}
     (path / "model.safetensors.index.json").write_text(json.dumps(index))
     return sum(map(size, specs))
+
+
+def config(kind: str, layers: int) -> dict:
+    return {
+        "model_type": "llama", "vocab_size": V, "hidden_size": D, "intermediate_size": F,
+        "num_hidden_layers": layers, "num_attention_heads": N, "num_key_value_heads": K,
+        "head_dim": H, "hidden_act": "silu", "rms_norm_eps": 1e-5, "dtype": "bfloat16",
+        "max_position_embeddings": 8192, "rope_theta": 5e5, "tie_word_embeddings": False,
+        **({} if kind == "bfloat16" else {"quantization_config": GPTQ}),
+    }  # fmt: skip
 
 
 def layer(kind: str, i: int) -> Iterator[Spec]:
@@ -126,22 +131,27 @@ def size(spec: Spec) -> int:
 
 
 def write_shard(path: Path, specs: list[Spec]) -> None:
-    header, at = {}, 0
-    for name, dtype, shape in specs:
-        nbytes = size((name, dtype, shape))
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + nbytes]}
-        at += nbytes
-    text = json.dumps(header).encode()
+    text = header(specs)
     rng = np.random.default_rng(0)
     noise = rng.integers(0, 1 << 16, 1 << 23, np.uint16).tobytes()  # 16 MiB, over and over
     with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
+        file.write(text)
         for spec in specs:
             left = size(spec)
             content = {"qzeros": b"\x77", "scales": b"\x1c"}.get(spec[0].rpartition(".")[2], noise)
             block = content if len(content) > 1 else content * (1 << 20)
             while left:
                 left -= file.write(block[: min(left, len(block))])
+
+
+def header(specs: list[Spec]) -> bytes:
+    described, at = {}, 0
+    for spec in specs:
+        name, dtype, shape = spec
+        described[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + size(spec)]}
+        at += size(spec)
+    text = json.dumps(described).encode()
+    return struct.pack("<Q", len(text)) + text
 
 
 def child(folder: str) -> dict[str, float]:
