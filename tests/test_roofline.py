@@ -18,12 +18,19 @@ from xlinfer.plan.roofline import (
 RATES = Rates(memory=1e9, products=1e12, attention=5e11, link=1e8)
 DENSE = Work(
     devices=1, layer_bytes=1000, head_bytes=100, layer_flops=2000, head_flops=200, num_experts=0,
+    expert_devices=1,
     experts_per_token=0, expert_bytes=0, expert_flops=0, windows=(None, 4),
     attention_chunk_sizes=(None, None), kv_bytes=8.0, pair_flops=16, hidden_bytes=10,
     all_reduces=5, vocab_size=50,
 )  # fmt: skip
 MOE = replace(
-    DENSE, devices=2, num_experts=8, experts_per_token=2, expert_bytes=64, expert_flops=128
+    DENSE,
+    devices=2,
+    num_experts=8,
+    expert_devices=2,
+    experts_per_token=2,
+    expert_bytes=64,
+    expert_flops=128,
 )
 
 

@@ -20,7 +20,8 @@ from pallas_kernels import mla_attention
 from pallas_kernels.checks import check_one_of
 from pallas_kernels.devices import Device, Impl, check_runs
 from pallas_kernels.paged_attention import IMPLS, choose, refusal
-from xlinfer.kvcache import FP8, CacheSpec, Latents, cache_dtype, tensor_size
+from xlinfer.kvcache import FP8, CacheSpec, Latents, cache_dtype
+from xlinfer.mesh import ways
 from xlinfer.models import check_model
 from xlinfer.plan import Memory, Plan, PlanError, make_plan, pages_for
 from xlinfer.programs import (
@@ -228,7 +229,7 @@ def deploy(
         weight_bytes=max(sum(map(bytes_on_one, params)), held_bytes),
         slot_bytes=_bytes(slot_shapes(max_num_seqs, facts.vocab_size)),
         temporary_bytes=temporary_bytes(
-            facts, dtype, tensor_size(mesh), rows=max_num_seqs, tokens=most_tokens
+            facts, dtype, ways(mesh, "heads"), rows=max_num_seqs, tokens=most_tokens
         ),
         page_bytes=spec.page_bytes_per_device(mesh),
     )

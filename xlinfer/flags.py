@@ -13,6 +13,12 @@ from absl import flags
 
 # vLLM's name -> ours.
 ALIASES = {"block_size": "page_size", "gpu_memory_utilization": "hbm_utilization"}
+# vLLM's switches for what is not switched here, and what to write instead.
+REFUSED = {
+    "enable_expert_parallel": "experts have devices of their own as far as they divide: leave it "
+    "out, or say --expert_parallel_size",
+    "no_enable_expert_parallel": "write --expert_parallel_size=1",
+}
 
 
 class UsageError(ValueError):
@@ -55,6 +61,22 @@ def define_program_flags(values: flags.FlagValues) -> None:
         "activations', or fp8 where the checkpoint's quantization_config says so.",
     )
     define_text_only(values)
+    whole(
+        "expert_parallel_size",
+        None,
+        "Of the devices that share each layer, those that have experts of their own; the others "
+        "share these. Must divide tensor_parallel_size. Default: the most that divides it and the "
+        "experts, which is what vLLM's --enable_expert_parallel asks for; 1 splits every expert "
+        "over all devices.",
+        1,
+    )
+    whole(
+        "sequence_parallel_size",
+        1,
+        "Parts that the tokens of each step are split into, for long prompts. Takes so many times "
+        "the devices of tensor_parallel_size, with all weights and the KV cache in each part.",
+        1,
+    )
     whole("max_model_len", None, "Tokens of one sequence, prompt and answer.", 1)
     whole("max_num_seqs", None, "Sequences that run at once.", 1)
     whole("max_num_batched_tokens", None, "Tokens of one engine step.", 1)
@@ -125,6 +147,8 @@ def _underscored(argument: str, values: flags.FlagValues) -> str:
         return argument
     name, equals, value = argument[2:].partition("=")
     name = name.replace("-", "_")
+    if name in REFUSED:
+        raise UsageError(f"there is no --{name}: {REFUSED[name]}")
     if name.startswith("no_") and name[3:] in values and values[name[3:]].boolean:
         name = "no" + name[3:]
     return f"--{name}{equals}{value}"

@@ -91,7 +91,8 @@ def table(path: str, manifest: Mapping[str, Any], rows: Sequence[Row]) -> str:
     target: Target = parse_target(setup["target"])
     gib = lambda n: f"{n / 2**30:.2f} GiB"
     config = setup["config"]
-    replicas = target.devices // setup["tensor_parallel_size"]
+    each = setup["tensor_parallel_size"] * setup["sequence_parallel_size"]
+    replicas = target.devices // each
     measured = manifest["measured"]
     stored = sum(file["bytes"] for file in manifest["files"].values())
     weights = "with weights" if manifest["has_weights"] else "programs alone"
@@ -101,7 +102,7 @@ def table(path: str, manifest: Mapping[str, Any], rows: Sequence[Row]) -> str:
         f"{setup['dtype']}"
         + (f", {setup['quantization']}" if setup["quantization"] else "")
         + f"; config.json {manifest['config_sha256'][:12]}",
-        f"  devices     {manifest['device']}, {setup['tensor_parallel_size']} for each replica, "
+        f"  devices     {manifest['device']}, {each} for each replica, "
         f"{replicas} replica{'s' * (replicas > 1)}",
         "  tied to     "
         + ", ".join(f"{name} {v}" for name, v in manifest["versions"].items())

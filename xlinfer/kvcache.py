@@ -16,19 +16,18 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
 from pallas_kernels import mla_attention, paged_attention
 from pallas_kernels.devices import Device, Impl
 from pallas_kernels.paged_attention import PackedPages, Pages, Ragged, Scales, heads_axis
+from xlinfer.mesh import AnyMesh, by_head, ways
 
 KV = Any  # the cache, a pytree threaded through the layers; None without one
 FULL = 2**30  # a window that never ends
 PADDING_PAGE = 0
 Cache = Pages | PackedPages | mla_attention.Pages
-AnyMesh = Mesh | AbstractMesh  # of devices, or of none: what is only counted needs none
-TENSOR_AXIS = "tensor"  # of the mesh: heads, and with them the cache, are split over it
 FP8 = np.dtype(jnp.float8_e4m3fn)
 CACHE_DTYPES: Mapping[str, np.dtype] = {
     "fp8": FP8,
@@ -150,7 +149,7 @@ class CacheSpec:
             whole = NamedSharding(mesh, PartitionSpec())
             place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole)
             return jax.tree.map(place, self._per_device(mesh))
-        axis, size = heads_axis(self.impl), tensor_size(mesh)
+        axis, size = heads_axis(self.impl), ways(mesh, "kv_heads")
         sharding = NamedSharding(mesh, by_head(mesh, before=axis))
 
         def of_all(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -172,7 +171,7 @@ class CacheSpec:
             )  # fmt: skip
         return paged_attention.cache_shapes(
             self.impl, num_layers=self.num_layers, num_pages=self.num_pages,
-            num_kv_heads=self.num_kv_heads // tensor_size(mesh), page_size=self.page_size,
+            num_kv_heads=self.num_kv_heads // ways(mesh, "kv_heads"), page_size=self.page_size,
             head_dim=self.head_dim, dtype=self.dtype,
         )  # fmt: skip
 
@@ -206,8 +205,8 @@ def paged_attend(
     device: Device,
     impl: Impl,
 ) -> Attend:
-    """The `attend` over a paged cache for a step's tokens [1, T]; each device of the mesh's
-    tensor axis attends with its own heads."""
+    """The `attend` over a paged cache for a step's tokens [1, T]; each device attends with
+    its own heads."""
 
     def attend(
         q_BTNH, k_BTKH, v_BTKH, kv: Cache, *,
@@ -348,14 +347,3 @@ def paged_latent_attend(
         return o_TNW[None], kv
 
     return attend
-
-
-def tensor_size(mesh: AnyMesh) -> int:
-    """Devices that share the heads."""
-    return dict(mesh.shape).get(TENSOR_AXIS, 1)
-
-
-def by_head(mesh: AnyMesh, *, before: int) -> PartitionSpec:
-    """Of an array whose heads come after `before` axes; whole where the mesh has no tensor axis."""
-    axis = TENSOR_AXIS if TENSOR_AXIS in mesh.shape else None
-    return PartitionSpec(*[None] * before, axis)

@@ -1,4 +1,9 @@
-"""Devices, and which axis of a weight is spread over them: one table for all weights."""
+"""Devices, and which axes of an array are spread over them: one table for all arrays.
+
+A mesh has three axes. `expert` and `tensor` together share each layer: attention's heads, an MLP's
+ffw and the vocabulary are split over both, experts over `expert`, and what is inside an expert over
+`tensor`. Weights are whole along `sequence`, which splits the tokens of a step.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -12,46 +17,97 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from pallas_kernels.devices import Device, device_of_kind
 from xlinfer.config import ModelConfig
 
-AnyMesh = Mesh | AbstractMesh
-TENSOR = "tensor"
-# Logical axis -> mesh axis; None stands whole on every device.
-RULES: Mapping[str, str | None] = {
-    "heads": TENSOR,
-    "kv_heads": TENSOR,
-    "ffw": TENSOR,
-    "vocab": TENSOR,
-    "experts": TENSOR,
-    "expert_ffw": None,
-    "routes": None,
-    "rank": None,
-    "positions": None,
-    "buckets": None,
-    "hidden": None,
-    "head_dim": None,
-    "layers": None,
+AnyMesh = Mesh | AbstractMesh  # of devices, or of none: what is only counted needs none
+SEQUENCE, EXPERT, TENSOR = "sequence", "expert", "tensor"
+MODEL = (EXPERT, TENSOR)
+WHOLE = ()
+# Logical axis -> mesh axes; WHOLE stands whole on every device.
+RULES: Mapping[str, tuple[str, ...]] = {
+    "heads": MODEL,
+    "kv_heads": MODEL,
+    "ffw": MODEL,
+    "vocab": MODEL,
+    "experts": (EXPERT,),
+    "expert_ffw": (TENSOR,),
+    "tokens": (SEQUENCE,),
+    "routes": WHOLE,
+    "rank": WHOLE,
+    "positions": WHOLE,
+    "buckets": WHOLE,
+    "hidden": WHOLE,
+    "head_dim": WHOLE,
+    "layers": WHOLE,
 }
 # Axes that stand whole where the devices do not divide them; any other such axis is an error.
-WHOLE_IF_UNEVEN = frozenset({"vocab"})
+WHOLE_IF_UNEVEN = frozenset({"vocab", "tokens"})
 
 
-def make_mesh(tensor_parallel_size: int, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh of one axis, "tensor", over that many of `devices`, jax's own where None.
+def mesh_axes(
+    tensor_parallel_size: int,
+    expert_parallel_size: int | None = None,
+    sequence_parallel_size: int = 1,
+) -> dict[str, int]:
+    """The axes of a mesh by size. `tensor_parallel_size` devices share each layer; of them
+    `expert_parallel_size` (None: all) have experts of their own, and the others share those. That
+    many again for each of the `sequence_parallel_size` parts of a step's tokens.
+
+    Raises ValueError for what is no positive integer or does not divide.
+    """
+    given = {
+        "tensor_parallel_size": tensor_parallel_size,
+        "expert_parallel_size": expert_parallel_size,
+        "sequence_parallel_size": sequence_parallel_size,
+    }
+    for name, size in given.items():
+        if size is None:
+            continue
+        if isinstance(size, bool) or not isinstance(size, int):
+            raise ValueError(f"{name} must be an integer, not {size!r}")
+        if size < 1:
+            raise ValueError(f"{name} is {size}; it must be at least 1")
+    experts = tensor_parallel_size if expert_parallel_size is None else expert_parallel_size
+    if tensor_parallel_size % experts:
+        raise ValueError(
+            f"expert_parallel_size is {experts}; it must divide tensor_parallel_size, "
+            f"{tensor_parallel_size}, whose devices it is some of"
+        )
+    return {
+        SEQUENCE: sequence_parallel_size,
+        EXPERT: experts,
+        TENSOR: tensor_parallel_size // experts,
+    }
+
+
+def make_mesh(
+    tensor_parallel_size: int,
+    devices: Sequence[Any] | None = None,
+    *,
+    expert_parallel_size: int | None = None,
+    sequence_parallel_size: int = 1,
+) -> Mesh:
+    """A mesh of `mesh_axes` over as many of `devices`, jax's own where None.
 
     Raises ValueError when there are fewer.
     """
-    if isinstance(tensor_parallel_size, bool) or not isinstance(tensor_parallel_size, int):
-        raise ValueError(f"tensor_parallel_size must be an integer, not {tensor_parallel_size!r}")
-    if tensor_parallel_size < 1:
-        raise ValueError(f"tensor_parallel_size is {tensor_parallel_size}; it must be at least 1")
+    axes = mesh_axes(tensor_parallel_size, expert_parallel_size, sequence_parallel_size)
     present = list(jax.devices() if devices is None else devices)
-    if tensor_parallel_size > len(present):
+    needed = math.prod(axes.values())
+    if needed > len(present):
         kind = present[0].platform if present else "any kind"
+        times = f" x sequence_parallel_size {sequence_parallel_size}"
         raise ValueError(
-            f"tensor_parallel_size is {tensor_parallel_size}, but there are {len(present)} devices "
+            f"tensor_parallel_size is {tensor_parallel_size}"
+            f"{times if sequence_parallel_size > 1 else ''}, but there are {len(present)} devices "
             f"({kind})"
         )
-    used = present[:tensor_parallel_size]
-    return jax.make_mesh((tensor_parallel_size,), (TENSOR,), (AxisType.Auto,), devices=used)
+    types = (AxisType.Auto,) * len(axes)
+    return jax.make_mesh(tuple(axes.values()), tuple(axes), types, devices=present[:needed])
+
+
+def default_expert_parallel_size(config: ModelConfig, tensor_parallel_size: int) -> int:
+    """The most that divides both the experts and the devices; 1 where there are no experts."""
+    experts = 1 if config.moe is None else config.moe.num_experts
+    return math.gcd(experts, tensor_parallel_size)
 
 
 def replica_meshes(mesh: Mesh, count: int, devices: Sequence[Any] | None = None) -> list[Mesh]:
@@ -83,42 +139,70 @@ def sharding(mesh: AnyMesh, axes: Sequence[str | None], shape: Sequence[int]) ->
     """
     if len(axes) != len(shape):
         raise ValueError(f"{len(shape)} axes of sizes {tuple(shape)}, but {len(axes)} names {axes}")
-    return NamedSharding(
-        mesh, PartitionSpec(*(_mesh_axis(mesh, *pair) for pair in zip(axes, shape, strict=True)))
-    )
+    parts = [split(mesh, axis, size) for axis, size in zip(axes, shape, strict=True)]
+    return NamedSharding(mesh, PartitionSpec(*parts))
 
 
-def _mesh_axis(mesh: AnyMesh, axis: str | None, size: int) -> str | None:
+Part = str | tuple[str, ...] | None  # an entry of a PartitionSpec
+
+
+def split(mesh: AnyMesh, axis: str | None, size: int | None = None) -> Part:
+    """The mesh axes that a logical axis of `size` (None: one that divides) is split over. Mesh axes
+    of one device, and those that a mesh of another making lacks, split nothing."""
     if axis is None:
         return None
     if axis not in RULES:
         raise ValueError(f"no sharding rule for the axis {axis!r}; mesh.RULES has {list(RULES)}")
-    name = RULES[axis]
-    if name is None or name not in mesh.shape:
-        return None
-    if size % mesh.shape[name] == 0:
-        return name
-    if axis in WHOLE_IF_UNEVEN:
-        return None
-    raise ValueError(
-        f"the axis {axis!r} of size {size} does not divide among {mesh.shape[name]} devices"
-    )
+    names = tuple(name for name in RULES[axis] if dict(mesh.shape).get(name, 1) > 1)
+    devices = ways(mesh, axis)
+    if size is not None and size % devices:
+        if axis in WHOLE_IF_UNEVEN:
+            return None
+        raise ValueError(
+            f"the axis {axis!r} of size {size} does not divide among {devices} devices"
+        )
+    return names if len(names) > 1 else next(iter(names), None)
 
 
-def replicate_kv_heads(config: ModelConfig, n: int) -> ModelConfig:
-    """The config as `n` tensor-parallel devices run it: `num_kv_heads` is at least n.
+def ways(mesh: AnyMesh, axis: str) -> int:
+    """Among how many devices RULES split a logical axis."""
+    return math.prod(dict(mesh.shape).get(name, 1) for name in RULES[axis])
 
-    With fewer, each kv head is repeated n / num_kv_heads times, next to itself, so that every
-    device holds one copy and query heads keep their kv head. Raises ValueError when heads, kv
-    heads, experts or the ffw size do not divide among n devices.
+
+def by_head(mesh: AnyMesh, *, before: int) -> PartitionSpec:
+    """Of an array whose heads come after `before` axes."""
+    return PartitionSpec(*[None] * before, split(mesh, "heads"))
+
+
+def replicate_kv_heads(config: ModelConfig, mesh: AnyMesh) -> ModelConfig:
+    """The config as the devices of `mesh` run it: there are at least as many kv heads as devices
+    that share the heads.
+
+    With fewer, each kv head is repeated, next to itself, so that every device holds one copy and
+    query heads keep their kv head. Raises ValueError when heads, kv heads, experts or ffw sizes do
+    not divide among the devices, or an encoder-decoder's tokens are to be split.
     """
-    fits = [size for size in range(1, n) if _faults(config, size) == []]
-    faults, kv = _faults(config, n), config.num_kv_heads
-    if faults:
+    n, experts = ways(mesh, "heads"), ways(mesh, "experts")
+    if ways(mesh, "tokens") > 1 and config.encoder is not None:
+        raise ValueError(
+            f"sequence_parallel_size {ways(mesh, 'tokens')}: the steps of encoder-decoder models "
+            f"({config.model_type}) are not split; leave it out"
+        )
+    if faults := _faults(config, n):
+        fits = [size for size in range(1, n) if _faults(config, size) == []]
         raise ValueError(
             f"tensor_parallel_size {n} does not fit this model: {'; '.join(faults)}. "
             f"Below it fit: {', '.join(map(str, fits))}"
         )
+    if faults := _expert_faults(config, n, experts):
+        sizes = (size for size in range(1, n + 1) if n % size == 0)
+        fits = [size for size in sizes if not _expert_faults(config, n, size)]
+        raise ValueError(
+            f"expert_parallel_size {experts} of tensor_parallel_size {n} does not fit this model: "
+            f"{'; '.join(faults)}. "
+            + (f"These fit: {', '.join(map(str, fits))}" if fits else "None does")
+        )
+    kv = config.num_kv_heads
     return replace(config, num_kv_heads=math.lcm(kv, n)) if kv < n else config
 
 
@@ -127,10 +211,8 @@ def _faults(config: ModelConfig, n: int) -> list[str]:
     divided: list[tuple[int, str]] = [(config.num_heads, "attention heads are")]
     if any(not kind.experts for kind in config.kinds):
         divided.append((config.intermediate_size, "(intermediate_size) is"))
-    if moe is not None:
-        divided.append((moe.num_experts, "experts are"))
-        if moe.shared_intermediate_size is not None:
-            divided.append((moe.shared_intermediate_size, "(the shared expert's size) is"))
+    if moe is not None and moe.shared_intermediate_size is not None:
+        divided.append((moe.shared_intermediate_size, "(the shared expert's size) is"))
     return [
         *(f"{size} {what} not a multiple of it" for size, what in divided if size % n),
         *(
@@ -139,3 +221,15 @@ def _faults(config: ModelConfig, n: int) -> list[str]:
             else []
         ),
     ]
+
+
+def _expert_faults(config: ModelConfig, n: int, experts: int) -> list[str]:
+    """Of `experts` of n devices that have experts of their own."""
+    if config.moe is None:
+        return []
+    found, each, inside = [], config.moe.num_experts, config.moe.intermediate_size
+    if each % experts:
+        found.append(f"{each} experts are not a multiple of it")
+    if inside % (n // experts):
+        found.append(f"{inside} (an expert's size) is not a multiple of the {n // experts} devices")
+    return found

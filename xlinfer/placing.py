@@ -4,7 +4,7 @@ A tensor is moved as it is; the programs here cast, unpack and transpose it and 
 parameter, whose buffer they reuse.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -26,10 +26,11 @@ from converters import (
     read_tensor,
 )
 from converters.formats.packing import Round
-from converters.packed import IN, OUT, WHOLE, array_rule
+from converters.packed import EXPERTS, IN, OUT, WHOLE, array_rule
+from converters.rules import STACKED
 from pallas_kernels.devices import DEVICES
 from xlinfer.forms import FP8_BLOCK, Form
-from xlinfer.mesh import TENSOR, sharding
+from xlinfer.mesh import sharding, split, ways
 from xlinfer.quant import ARRAYS, QTensor, array_axes, dequantize
 from xlinfer.quantize import ROUNDED
 from xlinfer.unpack import Unpacked, unpack
@@ -37,6 +38,16 @@ from xlinfer.unpack import Unpacked, unpack
 Orders = dict[tuple, tuple[str, np.ndarray]]
 Held = dict[str, jax.Array]  # the arrays of a QTensor, by name
 Way = tuple[Layout, Cut | None]  # from a source to its place
+
+
+class Halves(NamedTuple):
+    """An axis of gates and then of ups, whose `devices` each want their own part of both: it holds
+    the first device's gates, its ups, then the second's, and so on."""
+
+    axis: int
+    devices: int
+
+
 # The letters of converters.rules -> logical axes of mesh.RULES.
 AXES: Mapping[str, str | None] = {
     "D": "hidden",
@@ -50,7 +61,7 @@ AXES: Mapping[str, str | None] = {
     "1": None,
     "E": "experts",
     "R": "routes",
-    "P": "expert_ffw",
+    "P": None,
     "I": "expert_ffw",
     "S": "ffw",
     "M": "positions",
@@ -110,11 +121,13 @@ def place(step: Step, parameter: jax.Array, lies: NamedSharding, mesh: Mesh) -> 
 
 def write(step: Step, parameter: Any, lies: NamedSharding, mesh: Mesh, move: Move) -> Write:
     layout = step.rule.layout
+    halves = halves_of(step.rule, mesh)
     host = cut_out(read_tensor(step.tensor), step.rule)
     if host.dtype == np.float64:  # jax has no such arrays by default
         host = host.astype(np.float32)
     moved = move(host, _source_sharding(layout, mesh))
-    return Write(_write, (parameter, moved, np.array(step.start, np.int32), layout, lies))
+    start = np.array(step.start, np.int32)
+    return Write(_write, (parameter, moved, start, layout, lies, halves))
 
 
 def place_scale(step: ScaleStep, parameter: jax.Array, lies: NamedSharding) -> jax.Array:
@@ -140,13 +153,14 @@ def _source_sharding(layout: Layout, mesh: Mesh) -> NamedSharding:
     return sharding(mesh, axes, [size[letter] for letter in first])
 
 
-@partial(jax.jit, static_argnames=("layout", "lies"), donate_argnames="parameter")
+@partial(jax.jit, static_argnames=("layout", "lies", "halves"), donate_argnames="parameter")
 def _write(
-    parameter: jax.Array, tensor: jax.Array, start: jax.Array, layout: Layout, lies: NamedSharding
-) -> jax.Array:
+    parameter: jax.Array, tensor: jax.Array, start: jax.Array, layout: Layout, lies: NamedSharding,
+    halves: Halves | None,
+) -> jax.Array:  # fmt: skip
     """`tensor` in its place in `parameter`, which it reuses; one program per layout and dtype."""
     value = _laid_out(tensor.astype(parameter.dtype), (layout, None))
-    return _put(parameter, value, start, lies)
+    return _put(parameter, value, start, lies, halves)
 
 
 def _laid_out(value: jax.Array, way: Way) -> jax.Array:
@@ -163,10 +177,45 @@ def _laid_out(value: jax.Array, way: Way) -> jax.Array:
     return value.reshape(layout.slot)
 
 
-def _put(parameter: jax.Array, value: jax.Array, start: jax.Array, lies: NamedSharding) -> Any:
-    at = [start[axis] for axis in range(parameter.ndim)]
+def _put(
+    parameter: jax.Array, value: jax.Array, start: jax.Array, lies: NamedSharding,
+    halves: Halves | None = None,
+) -> Any:  # fmt: skip
+    at, shape = [start[axis] for axis in range(parameter.ndim)], parameter.shape
+    if halves is not None:
+        axis, devices = halves
+        each = shape[axis] // 2
+        view = lambda x, *sizes: x.reshape(*x.shape[:axis], *sizes, *x.shape[axis + 1 :])
+        # Seen so, every device has all that is written of its own part of the axis.
+        parameter = view(parameter, devices, 2, each // devices)
+        value = view(value, -1, devices, each // devices).swapaxes(axis, axis + 1)
+        at[axis : axis + 1] = [jnp.int32(0), at[axis] // each, jnp.int32(0)]
     written = jax.lax.dynamic_update_slice(parameter, value.astype(parameter.dtype), at)
-    return jax.lax.with_sharding_constraint(written, lies)
+    return jax.lax.with_sharding_constraint(written.reshape(shape), lies)
+
+
+def halves_of(rule: Rule, mesh: Mesh, axes: Sequence[str] | None = None) -> Halves | None:
+    """Where the place of `rule`, or of an array of a form with these `axes` for each matrix, has
+    gates and ups; None where it has none, or no device shares them."""
+    devices, both = ways(mesh, "expert_ffw"), ("P", "I")
+    if devices == 1 or both not in rule.axes or (axes is not None and OUT not in axes):
+        return None
+    layers = int(STACKED in rule.target)
+    if axes is None:
+        return Halves(layers + rule.axes.index(both), devices)
+    return Halves(layers + int(EXPERTS in rule.axes) + list(axes).index(OUT), devices)
+
+
+@partial(jax.jit, static_argnames=("halves", "lies"), donate_argnames="array")
+def in_halves(array: jax.Array, halves: Halves, lies: NamedSharding) -> jax.Array:
+    """`array` [layers, ...], of gates and then of ups, as `halves` says; it is used up."""
+    nothing = jnp.zeros(array.ndim, jnp.int32)
+
+    def one(layer: jax.Array, array: jax.Array) -> jax.Array:  # a copy of all may not fit
+        value = jax.lax.dynamic_slice_in_dim(array, layer, 1)
+        return _put(array, value, nothing.at[0].set(layer), lies, halves)
+
+    return jax.lax.fori_loop(0, array.shape[0], one, array)
 
 
 def place_packed(
@@ -189,7 +238,8 @@ def write_packed(
         rule, stored = step.rule, tuple(np.argsort(step.matrix.axes).tolist())
         start = np.array(rule.starts[step.source], np.int32)
         way = (rule.layout, rule.cut)
-        arguments = parameter, moved, start, code, stored, way, target.sharding
+        halves = halves_of(step.rule, mesh)
+        arguments = parameter, moved, start, code, stored, way, target.sharding, halves
         return Write(_write_floats, arguments)
     form = parameter.form
     arrays = {name: x for name in ARRAYS if (x := getattr(parameter, name)) is not None}
@@ -203,13 +253,16 @@ def write_packed(
                 f"{step.matrix.module} and {first} are one parameter, and their g_idx differ; they "
                 "have the same inputs, so they must be reordered alike"
             )
-    ways = tuple((name, (rule.layout, rule.cut)) for name, rule in rules.items())
+    routes = tuple((name, (rule.layout, rule.cut)) for name, rule in rules.items())
+    on = lambda name: halves_of(step.rule, mesh, array_axes(form, IN, OUT)[name])
+    halves = tuple((name, on(name)) for name in arrays)
     lies = tuple((name, getattr(target, name).sharding) for name in arrays)
     if isinstance(code, Round):
         whole = array_rule(step.rule, (OUT, IN), step.matrix.shape[-1])
         way = (whole.layout, whole.cut)
-        return Write(_write_rounded, (arrays, moved["weight"], starts, code, form, way, lies))
-    return Write(_write_packed, (arrays, moved, starts, code, form, ways, lies))
+        rounded = (arrays, moved["weight"], starts, code, form, way, lies, halves)
+        return Write(_write_rounded, rounded)
+    return Write(_write_packed, (arrays, moved, starts, code, form, routes, lies, halves))
 
 
 def array_rules(rule: Rule, form: Form, K: int) -> dict[str, Rule]:
@@ -227,30 +280,33 @@ def array_rules(rule: Rule, form: Form, K: int) -> dict[str, Rule]:
 
 def _split_somewhere(x: np.ndarray, mesh: Mesh) -> NamedSharding:
     """Divided among the devices, so that none holds all of it, along its longest axis that does."""
-    devices = dict(mesh.shape).get(TENSOR, 1)
+    devices = ways(mesh, "ffw")
     axes = [i for i, n in enumerate(x.shape) if n % devices == 0 and n >= devices > 1]
     if not axes:
         return NamedSharding(mesh, PartitionSpec())
     longest = max(axes, key=lambda i: x.shape[i])
-    return NamedSharding(mesh, PartitionSpec(*[None] * longest, TENSOR))
+    return NamedSharding(mesh, PartitionSpec(*[None] * longest, split(mesh, "ffw")))
 
 
-Lies = tuple[tuple[str, NamedSharding], ...]
+Lies = tuple[tuple[str, NamedSharding], ...]  # by the name of an array
+AllHalves = tuple[tuple[str, Halves | None], ...]
 
 
-@partial(jax.jit, static_argnames=("code", "form", "ways", "lies"), donate_argnames="held")
+@partial(
+    jax.jit, static_argnames=("code", "form", "routes", "lies", "halves"), donate_argnames="held"
+)
 def _write_packed(
     held: Held, parts: Held, starts: Held, code: Any, form: Form,
-    ways: tuple[tuple[str, Way], ...], lies: Lies,
+    routes: tuple[tuple[str, Way], ...], lies: Lies, halves: AllHalves,
 ) -> Held:  # fmt: skip
-    values, sharding_of = _arrays(unpack(code, parts), form), dict(lies)
+    values, sharding_of, halved = _arrays(unpack(code, parts), form), dict(lies), dict(halves)
     done = {}
-    for name, way in ways:
+    for name, way in routes:
         value, start = _laid_out(values[name], way), starts[name]
         if name == "scale" and form.scales == "block":  # every row has its block's until here
             value = value[..., ::FP8_BLOCK, :]
             start = _blocks(start)
-        done[name] = _put(held[name], value, start, sharding_of[name])
+        done[name] = _put(held[name], value, start, sharding_of[name], halved[name])
     return done
 
 
@@ -272,16 +328,17 @@ def _arrays(found: Unpacked, form: Form) -> Held:
     return {name: x for name, x in values.items() if x is not None}
 
 
-@partial(jax.jit, static_argnames=("code", "form", "way", "lies"), donate_argnames="held")
+@partial(jax.jit, static_argnames=("code", "form", "way", "lies", "halves"), donate_argnames="held")
 def _write_rounded(
-    held: Held, weight: jax.Array, starts: Held, code: Round, form: Form, way: Way, lies: Lies
-) -> Held:
+    held: Held, weight: jax.Array, starts: Held, code: Round, form: Form, way: Way, lies: Lies,
+    halves: AllHalves,
+) -> Held:  # fmt: skip
     """Float weights, rounded in the order of their place: blocks are of rows that lie together."""
     slot = _laid_out(weight.transpose(code.axes), way).astype(jnp.float32)
     *lead, N, K = slot.shape
     flat = slot.reshape(-1, N, K)
     data, scale = jax.lax.map(ROUNDED[code.method], flat)
-    done, sharding_of = {}, dict(lies)
+    done, sharding_of, halved = {}, dict(lies), dict(halves)
     for name, value in {"data_NK": data, "scale": scale}.items():
         start = starts[name]
         if name == "scale" and form.scales == "block":
@@ -289,18 +346,21 @@ def _write_rounded(
         if name == "scale" and form.scales == "group" and scale.ndim == 3 and form.dtype != "int4":
             value = jnp.repeat(value, FP8_BLOCK, 1)[:, :N].swapaxes(1, 2)
         value = value.reshape(*lead, *value.shape[1:])
-        done[name] = _put(held[name], value, start, sharding_of[name])
+        done[name] = _put(held[name], value, start, sharding_of[name], halved[name])
     return done
 
 
-@partial(jax.jit, static_argnames=("code", "stored", "way", "lies"), donate_argnames="parameter")
+@partial(
+    jax.jit, static_argnames=("code", "stored", "way", "lies", "halves"),
+    donate_argnames="parameter",
+)  # fmt: skip
 def _write_floats(
     parameter: jax.Array, parts: Held, start: jax.Array, code: Any, stored: tuple[int, ...],
-    way: Way, lies: NamedSharding,
+    way: Way, lies: NamedSharding, halves: Halves | None,
 ) -> jax.Array:  # fmt: skip
     """A matrix that no form holds, as floats; their axes in a checkpoint are `stored`."""
     value = floats(unpack(code, parts)).transpose(stored)
-    return _put(parameter, _laid_out(value, way), start, lies)
+    return _put(parameter, _laid_out(value, way), start, lies, halves)
 
 
 def floats(found: Unpacked) -> jax.Array:

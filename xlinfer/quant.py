@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.devices import Device
 from xlinfer.forms import E2M1, FP8_BLOCK, TABLES, Form
+from xlinfer.mesh import Part
 
 
 @partial(
@@ -43,7 +44,7 @@ class QTensor:
     device: Device
     impl: Any  # of the op's; None: what the op chooses for the device
     mesh: Mesh | AbstractMesh | None  # None: it lies on one device
-    axes: tuple[str | None, str | None]  # of the mesh, that K and N are split over
+    axes: tuple[Part, Part]  # of the mesh, that K and N are split over
 
     def of_layer(self, layer: Array) -> "QTensor":
         return replace(self, layer=layer)
@@ -124,13 +125,7 @@ def product(x: Float[Array, "... K"], matrix: nnx.Variable) -> Float[Array, "...
 def _spread(x_MK, weight: QTensor, mesh: Mesh | AbstractMesh):
     """Each device multiplies by its own part: some of N, or of K, whose products are added."""
     of_K, of_N = weight.axes
-    lead = 0 if weight.layer is None else 1
-    axes = array_axes(weight.form, of_K, of_N)
-    if weight.form.scales == "group" and weight.scale.shape[-2] == 1:  # one group for all inputs
-        axes = axes | dict.fromkeys(axes.keys() & {"scale", "zero_GN"}, (None, of_N))
-    specs = {name: PartitionSpec(*[None] * lead, *names) for name, names in axes.items()}
-    nothing = PartitionSpec()
-    where = replace(weight, layer=None if weight.layer is None else nothing, **specs)
+    where = specs_of(weight, of_K, of_N)
 
     def local(x_MK, weight):
         y_MN = _quantized(x_MK, weight)
@@ -141,6 +136,24 @@ def _spread(x_MK, weight: QTensor, mesh: Mesh | AbstractMesh):
         out_specs=PartitionSpec(None, of_N), check_vma=False,
     )  # fmt: skip
     return run(x_MK, weight)
+
+
+def specs_of(weight: Experts, of_K: Part, of_N: Part, *lead: Part) -> Any:
+    """How the arrays of one layer's matrices lie on a mesh, for shard_map: like `weight`, with
+    PartitionSpecs. `lead` are of the axes before each array's own, but for the layers'."""
+    match weight:
+        case QTensor():
+            axes = array_axes(weight.form, of_K, of_N)
+            if weight.form.scales == "group" and weight.scale.shape[-2] == 1:  # for all inputs
+                axes = axes | dict.fromkeys(axes.keys() & {"scale", "zero_GN"}, (None, of_N))
+            layers = () if weight.layer is None else (None,)
+            specs = {name: PartitionSpec(*layers, *lead, *of) for name, of in axes.items()}
+            return replace(weight, layer=None if weight.layer is None else PartitionSpec(), **specs)
+        case OfStack():
+            data = PartitionSpec(None, *lead, of_N, of_K)
+            return OfStack(data_LENK=data, layer=PartitionSpec())  # type: ignore[arg-type]
+        case _:
+            return PartitionSpec(*lead, of_N, of_K)
 
 
 def array_axes(form: Form, of_K: Any, of_N: Any) -> dict[str, tuple[Any, ...]]:

@@ -1,6 +1,6 @@
 """Rounding float weights to few bits: all of a model's at once, or one as it is loaded."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from pallas_kernels.checks import check_one_of
 from pallas_kernels.devices import Device, check_runs
 from xlinfer.forms import FP8_BLOCK, Form, form_of
-from xlinfer.mesh import sharding
+from xlinfer.mesh import sharding, split, ways
 from xlinfer.quant import ARRAYS, QTensor, are_experts, array_axes
 
 
@@ -168,20 +168,25 @@ def held_as(
         arrays[name] = jax.ShapeDtypeStruct((*lead, *shape), dtype, sharding=lies)
     on_mesh = (None, None)
     if mesh is not None and spread:
-        on_mesh = tuple(sharding(mesh, (a,), (n,)).spec[0] for a, n in ((of_K, K), (of_N, N)))
+        on_mesh = (split(mesh, of_K, K), split(mesh, of_N, N))
     if spread and form.scales == "block":
-        _check_whole_blocks(path, form, mesh, on_mesh, (K, N))
+        _check_whole_blocks(path, form, mesh, {of_K: K, of_N: N})
     own = spread and not are_experts(param)  # experts are divided by their module
+    if mesh is not None and not own and form.permuted and split(mesh, of_K) is not None:
+        raise ValueError(
+            f"{'.'.join(map(str, path))} is {form.describe()}, and devices that share experts have "
+            f"some of those inputs each: expert_parallel_size must be {ways(mesh, 'heads')}"
+        )
     return QTensor(
         form=form, layer=None, device=device, impl=impl, mesh=mesh if own else None,
         axes=on_mesh if own else (None, None), **arrays,
     )  # fmt: skip
 
 
-def _check_whole_blocks(path, form: Form, mesh: Any, axes, sizes) -> None:
-    for axis, size in zip(axes, sizes, strict=True):
-        if axis is not None and size // mesh.shape[axis] % FP8_BLOCK:
+def _check_whole_blocks(path, form: Form, mesh: Any, sizes: Mapping[Any, int]) -> None:
+    for axis, size in sizes.items():
+        if split(mesh, axis, size) is not None and size // ways(mesh, axis) % FP8_BLOCK:
             raise ValueError(
                 f"{'.'.join(map(str, path))} is {form.describe()}, and {size} rows or columns on "
-                f"{mesh.shape[axis]} devices end within a block: every device must have whole ones"
+                f"{ways(mesh, axis)} devices end within a block: every device must have whole ones"
             )

@@ -2,6 +2,7 @@
 that need not be here and weights that need not be there.
 """
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -27,10 +28,17 @@ from pallas_kernels.devices import DEVICES, Device, device_of_kind
 from xlinfer.config import ModelConfig
 from xlinfer.deployment import Deployment, Facts, Sizes, deploy, facts_of
 from xlinfer.forms import Form
-from xlinfer.mesh import TENSOR, make_mesh, replicate_kv_heads
+from xlinfer.mesh import (
+    default_expert_parallel_size,
+    make_mesh,
+    mesh_axes,
+    replicate_kv_heads,
+)
 from xlinfer.target import CHIPS, Target, TargetError, parse_target
 from xlinfer.topology import described_mesh
 from xlinfer.weights import DTYPES, abstract_model
+
+MESH_SIZES = ("tensor_parallel_size", "expert_parallel_size", "sequence_parallel_size")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,10 +48,22 @@ class Setup:
     config: Mapping[str, Any]  # config.json, or the text model's own
     target: str
     tensor_parallel_size: int
+    expert_parallel_size: int
+    sequence_parallel_size: int
     dtype: str
     quantization: str | None
     matmul_impl: str | None
     sizes: Sizes
+
+    @property
+    def axes(self) -> dict[str, int]:
+        """Of the mesh of one replica."""
+        return mesh_axes(*(getattr(self, name) for name in MESH_SIZES))
+
+    @property
+    def devices(self) -> int:
+        """Of one replica."""
+        return math.prod(self.axes.values())
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -124,26 +144,35 @@ def setup(
     *,
     text_only: bool,
     tensor_parallel_size: int | None,
+    expert_parallel_size: int | None = None,
+    sequence_parallel_size: int = 1,
     dtype: str,
     quantization: str | None,
     matmul_impl: str | None,
     sizes: Sizes,
 ) -> Setup:
-    """Raises CheckpointError, TargetError or ValueError for what does not exist or fit."""
+    """`tensor_parallel_size` None: all devices of the target; `expert_parallel_size` None: the most
+    that divides experts and devices. Raises CheckpointError, TargetError or ValueError for what
+    does not exist or fit."""
     found, config = find_target(target), read_config(model, text_only=text_only)
     if matmul_impl is not None and quantization is None and read_scheme("", config) is None:
         raise ValueError(
             f"matmul_impl={matmul_impl} chooses how quantized weights are multiplied, and there "
             "are none: name a quantization too, or leave it out"
         )
-    wanted = tensor_parallel_size or found.devices
-    if found.devices % wanted:
+    wanted = tensor_parallel_size or max(1, found.devices // sequence_parallel_size)
+    if found.devices % (wanted * sequence_parallel_size):
+        times = f" x sequence_parallel_size={sequence_parallel_size}"
         raise TargetError(
-            f"tensor_parallel_size={wanted} does not divide the {found.devices} devices of "
-            f"{found.name}"
+            f"tensor_parallel_size={wanted}{times if sequence_parallel_size > 1 else ''} does not "
+            f"divide the {found.devices} devices of {found.name}"
         )
+    if expert_parallel_size is None:
+        read = read_model(Path("config.json"), config)
+        expert_parallel_size = default_expert_parallel_size(read, wanted)
     return Setup(
         config=config, target=found.name, tensor_parallel_size=wanted,
+        expert_parallel_size=expert_parallel_size, sequence_parallel_size=sequence_parallel_size,
         dtype=dtype_of(config, dtype, found), quantization=quantization, matmul_impl=matmul_impl,
         sizes=sizes,
     )  # fmt: skip
@@ -151,7 +180,13 @@ def setup(
 
 def model_config(setup: Setup) -> ModelConfig:
     config = read_model(Path("config.json"), setup.config)
-    return replicate_kv_heads(config, setup.tensor_parallel_size)
+    return replicate_kv_heads(config, _no_devices(setup))
+
+
+def _no_devices(setup: Setup) -> AbstractMesh:
+    axes = setup.axes
+    types = (AxisType.Auto,) * len(axes)
+    return AbstractMesh(tuple(axes.values()), tuple(axes), axis_types=types)
 
 
 def _forms(setup: Setup) -> dict[tuple, Form]:
@@ -171,14 +206,20 @@ def _forms(setup: Setup) -> dict[tuple, Form]:
 
 
 def mesh_for(setup: Setup) -> jax.sharding.Mesh:
-    """Of one replica: where the target has more devices than `tensor_parallel_size`, the others
-    run the same executables."""
+    """Of one replica: where the target has more devices, the others run the same executables."""
     target = parse_target(setup.target)
     if target.chip.platform == "cpu":
-        return make_mesh(setup.tensor_parallel_size, jax.devices("cpu"))
+        return cpu_mesh(setup)
     return described_mesh(
-        device_for(target), {TENSOR: setup.tensor_parallel_size},
-        slice_shape=target.shape, one_host=target.hosts == 1,
+        device_for(target), setup.axes, slice_shape=target.shape, one_host=target.hosts == 1
+    )
+
+
+def cpu_mesh(setup: Setup) -> jax.sharding.Mesh:
+    return make_mesh(
+        setup.tensor_parallel_size, jax.devices("cpu"),
+        expert_parallel_size=setup.expert_parallel_size,
+        sequence_parallel_size=setup.sequence_parallel_size,
     )  # fmt: skip
 
 
@@ -203,9 +244,7 @@ def shapes_for(setup: Setup, *, planned_for: Target | None = None) -> Shapes:
     if planned_for is None:
         device, mesh = device_for(target), mesh_for(setup)
     else:
-        device = planned_device(target)
-        size = (setup.tensor_parallel_size,)
-        mesh: Any = AbstractMesh(size, (TENSOR,), axis_types=(AxisType.Auto,))
+        device, mesh = planned_device(target), _no_devices(setup)
     model = abstract_model(
         model_config(setup), DTYPES[setup.dtype], mesh, device, _forms(setup), setup.matmul_impl
     )

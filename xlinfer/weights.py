@@ -36,7 +36,7 @@ from xlinfer.config import ModelConfig
 from xlinfer.converted import is_converted, read_manifest, read_parameters
 from xlinfer.forms import Form
 from xlinfer.hub import fetch
-from xlinfer.mesh import TENSOR, device_of, make_mesh, replicate_kv_heads, sharding
+from xlinfer.mesh import AnyMesh, device_of, make_mesh, replicate_kv_heads, sharding
 from xlinfer.models import EncoderDecoder, Model, Transformer
 from xlinfer.progress import Progress
 from xlinfer.quant import QTensor
@@ -85,7 +85,7 @@ def load_model(
     path = fetch(path, revision, progress or _silent)
     checkpoint = open_checkpoint(path, text_only=text_only)
     mesh = make_mesh(1) if mesh is None else mesh
-    config = replicate_kv_heads(checkpoint.config, mesh.shape.get(TENSOR, 1))
+    config = replicate_kv_heads(checkpoint.config, mesh)
     kept = _dtype(dtype)
     if kept is None:
         on_cpu = mesh.devices.flat[0].platform == "cpu"
@@ -101,7 +101,7 @@ def load_model(
     replicas = config.num_kv_heads // checkpoint.config.num_kv_heads
     if is_converted(checkpoint.path):
         model = abstract_model(config, kept, mesh, device)
-        model = _restored(model, checkpoint, replicas, progress or _silent)
+        model = _restored(model, checkpoint, mesh, replicas, progress or _silent)
         if quantization is not None:
             quantize_model(model, quantization, device, matmul_impl)
         return model
@@ -125,7 +125,7 @@ def load_model(
 def abstract_model(
     config: ModelConfig,
     dtype: Any,
-    mesh: Mesh,
+    mesh: AnyMesh,
     device: Device,
     forms: Mapping[tuple, Form] | None = None,
     matmul_impl: str | None = None,
@@ -198,7 +198,7 @@ def _silent(phase: str, done: int, total: int) -> None:
     pass
 
 
-def _target(abstract: jax.ShapeDtypeStruct, axes: tuple, mesh: Mesh) -> jax.ShapeDtypeStruct:
+def _target(abstract: jax.ShapeDtypeStruct, axes: tuple, mesh: AnyMesh) -> jax.ShapeDtypeStruct:
     lies = sharding(mesh, axes, abstract.shape)
     return jax.ShapeDtypeStruct(abstract.shape, abstract.dtype, sharding=lies)
 
@@ -282,10 +282,11 @@ def _stream(
 
 
 def _restored(
-    model: Transformer, checkpoint: Checkpoint, replicas: int, progress: Progress
+    model: Transformer, checkpoint: Checkpoint, mesh: Mesh, replicas: int, progress: Progress
 ) -> Transformer:
     """The abstract model with the converted arrays, cast and placed. Where kv heads are to be
-    repeated, those that the checkpoint has are read whole first."""
+    repeated, those that the checkpoint has are read whole first; gates and ups that devices share
+    are moved once they are there."""
     graph, state = nnx.split(model)
     flat = nnx.to_flat_state(state)
     targets = {path: param.get_value() for path, param in flat}
@@ -309,6 +310,10 @@ def _restored(
             return by_head.repeat(replicas, axis=axis).reshape(shape)
 
         arrays[path] = jax.jit(repeat, out_shardings=t.sharding)(arrays[path])
+    for rule in parameter_rules(checkpoint.config):
+        if (halves := placing.halves_of(rule, mesh)) is not None:
+            path = rule.target
+            arrays[path] = placing.in_halves(arrays[path], halves, targets[path].sharding)
     jax.block_until_ready(arrays)
     progress("load", total, total)
     filled = [(path, param.replace(arrays[path])) for path, param in flat]

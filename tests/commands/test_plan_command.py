@@ -57,6 +57,8 @@ def test_weights_and_pages_are_those_of_one_devices_share(capsys, model, target,
     made, c = plan(capsys, model, target), config(model)
     assert made["fits"] and made["mesh"] == {
         "tensor_parallel_size": size, "replicas": made["target"]["devices"] // size, "chosen": True,
+        "expert_parallel_size": size if model.startswith("qwen") else 1,
+        "sequence_parallel_size": 1,
     }  # fmt: skip
     D, L, K = c["hidden_size"], c["num_hidden_layers"], c["num_key_value_heads"]
     H = c.get("head_dim", D // c["num_attention_heads"])
@@ -328,10 +330,9 @@ load.from_host_memory_s load.host_link_bytes_per_s
 memory.allowed_bytes memory.device_bytes memory.hbm_utilization memory.kv_cache_bytes
 memory.sampling_state_bytes memory.temporary_activation_bytes memory.temporary_bytes
 memory.temporary_sampler_bytes memory.total_bytes memory.usable_bytes memory.weight_bytes
-mesh.chosen mesh.replicas mesh.tensor_parallel_size
-model.dtype model.max_position_embeddings model.model_type model.name model.parameters
-model.quantization
-notes
+mesh.chosen mesh.expert_parallel_size mesh.replicas mesh.sequence_parallel_size
+mesh.tensor_parallel_size model.dtype model.max_position_embeddings model.model_type model.name
+model.parameters model.quantization notes
 prefill.compute_s prefill.flop prefill.kv_bytes prefill.limit prefill.link_bytes prefill.link_s
 prefill.logit_bytes prefill.memory_s prefill.prompt_tokens prefill.seconds prefill.steps
 prefill.tokens_per_s prefill.weight_bytes
@@ -343,7 +344,7 @@ target.attention_flop_per_s target.bytes_per_s target.chip target.compiles
 target.device_memory_bytes target.devices target.hosts target.link_bytes_per_s target.name
 target.platform target.product_flop_per_s
 version
-weights.bytes weights.dtype weights.name weights.shape weights.split
+weights.bytes weights.dtype weights.name weights.shape weights.split weights.ways
 """.split()
 
 
@@ -363,7 +364,7 @@ def test_the_object_of_version_1_has_these_names(capsys):
     assert made.keys() == unfit.keys()
     assert set(unfit["changes"][0]) == {
         "flags", "target", "tensor_parallel_size", "replicas", "max_model_len",
-        "sequences_of_max_model_len",
+        "sequences_of_max_model_len", "expert_parallel_size", "sequence_parallel_size",
     }  # fmt: skip
 
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors.numpy import load_file
 
 from pallas_kernels.devices import DEVICES
 from tests.checkpoints import GOLDENS, config, llama_logits, tensors, write
@@ -27,7 +28,7 @@ def forward(model, tokens_BT):
     return model(tokens_BT)
 
 
-@pytest.mark.parametrize("devices", [1, 4])
+@pytest.mark.parametrize("devices, own", [(1, 1), (4, 4), (4, 2), (4, 1)])
 @pytest.mark.parametrize(
     "changes",
     [
@@ -40,15 +41,44 @@ def forward(model, tokens_BT):
     ],
     ids=lambda changes: " ".join(f"{k}={v}" for k, v in changes.items()),
 )
-def test_variants_equal_a_loop_over_experts(changes, devices, tmp_path):
+def test_variants_equal_a_loop_over_experts(changes, devices, own, tmp_path):
     cfg = config(**changes)
     held = tensors(cfg)
     tokens_T = np.random.default_rng(1).integers(0, cfg["vocab_size"], 12)
     freq_h = 1000.0 ** -(np.arange(0, 8, 2) / 8)
     want = llama_logits(cfg, held, tokens_T, freq_h)
-    model = load_model(write(tmp_path, cfg, held), mesh=make_mesh(devices))
+    mesh = make_mesh(devices, expert_parallel_size=own)
+    model = load_model(write(tmp_path, cfg, held), mesh=mesh)
     got = forward(model, tokens_T[None].astype(np.int32))[0]
     np.testing.assert_allclose(got, want, atol=ATOL["reference"], rtol=0)
+
+
+@pytest.mark.parametrize("family", ["gpt-oss", "deepseek-v3"])  # biases; a shared expert
+def test_devices_may_share_experts(family):
+    golden = load_file(GOLDENS / family / "golden.safetensors")
+    model = load_model(GOLDENS / family, mesh=make_mesh(4, expert_parallel_size=2))
+    placed = model.layers[-1].moe.gate_up_EID.get_value().sharding.spec
+    assert tuple(placed)[1:3] == ("expert", "tensor")
+    got = forward(model, golden["input_ids"])
+    np.testing.assert_allclose(got, golden["logits"], atol=ATOL["reference"], rtol=0)
+
+
+def test_quantized_experts_are_shared_by_whole_groups(tmp_path):
+    """Each device multiplies whole groups, and gates by their own ups."""
+    cfg = config(model_type="qwen3_moe", moe_intermediate_size=512)
+    folder = write(tmp_path, cfg, tensors(cfg))
+    tokens_BT = np.arange(12, dtype=np.int32)[None]
+    one, shared = (
+        forward(load_model(folder, quantization="int4", mesh=mesh), tokens_BT)
+        for mesh in (make_mesh(1), make_mesh(4, expert_parallel_size=1))
+    )
+    np.testing.assert_allclose(np.asarray(shared), np.asarray(one), atol=ATOL["same"], rtol=0)
+    cfg = config(model_type="qwen3_moe", moe_intermediate_size=384)
+    folder = write(tmp_path / "odd", cfg, tensors(cfg))
+    with pytest.raises(
+        ValueError, match=r"down_EDI \[16, 384\] is int4 by groups of 128, and .*whole"
+    ):
+        load_model(folder, quantization="int4", mesh=make_mesh(4, expert_parallel_size=2))
 
 
 @jax.jit

@@ -41,6 +41,7 @@ from xlinfer.engine.engine import Engine, Ready
 from xlinfer.mesh import make_mesh
 from xlinfer.plan import PlanError
 from xlinfer.request import Request, SamplingParams
+from xlinfer.setup import MESH_SIZES
 from xlinfer.weights import abstract_model
 
 PROMPTS = (5, 33, 64, 90)  # tokens of each: two steps' worth, so that one is cut
@@ -148,7 +149,7 @@ def opened_for(job: Job) -> Opened:
     wanted = {
         "config": read_object(model_file(job.dry_run)),
         "sizes": asdict(Sizes(**sizes(job.dry_run))),
-        "dtype": str(np.dtype(dtype_of(job))), "tensor_parallel_size": 1, "quantization": None,
+        "dtype": str(np.dtype(dtype_of(job))), **dict.fromkeys(MESH_SIZES, 1), "quantization": None,
     }  # fmt: skip
     setup = manifest.get("setup", {})
     differ = [name for name, value in wanted.items() if setup.get(name) != value]

@@ -130,7 +130,9 @@ def _quantized_and_shorter(wish: Wish, failed: Planned) -> Iterator[dict[str, An
 
 def _least(wish: Wish) -> float:
     """Bytes of weights and pages in one piece, where no kv head is held twice."""
-    whole = plan_for(wish.but(tensor_parallel_size=1))
+    whole = plan_for(
+        wish.but(tensor_parallel_size=1, expert_parallel_size=1, sequence_parallel_size=1)
+    )
     memory, pages = whole.memory, whole.deployment.plan.num_pages
     return (memory.weight_bytes + pages * memory.page_bytes) / wish.sizes.hbm_utilization
 

@@ -28,9 +28,8 @@ from xlinfer.compile.store import Store, check_private
 from xlinfer.converted import copy_beside
 from xlinfer.deployment import Deployment, paths_of
 from xlinfer.flags import UsageError, show
-from xlinfer.mesh import make_mesh
 from xlinfer.progress import Progress, show_progress
-from xlinfer.setup import Setup, deployment_for
+from xlinfer.setup import Setup, cpu_mesh, deployment_for
 from xlinfer.weights import load_model
 
 FAILED, MISUSED = 1, 2  # exit codes
@@ -70,8 +69,8 @@ def main(argv: Sequence[str]) -> int:
         if values.weights and Path(values.model).expanduser().is_file():
             raise ValueError("--weights needs the folder of a checkpoint as --model")
         jax.config.update("jax_platforms", "cpu")
-        if jax.config.jax_num_cpu_devices < setup.tensor_parallel_size:  # for the weights
-            jax.config.update("jax_num_cpu_devices", setup.tensor_parallel_size)
+        if jax.config.jax_num_cpu_devices < setup.devices:  # for the weights
+            jax.config.update("jax_num_cpu_devices", setup.devices)
         report = compile_artifact(
             setup,
             values.model,
@@ -103,7 +102,7 @@ def compile_artifact(
     with show_progress() as progress:
         done = compile_in_parallel(
             setup.as_json(), longest_first(jobs), cache, processes=processes,
-            cpu_devices=setup.tensor_parallel_size, progress=progress,
+            cpu_devices=setup.devices, progress=progress,
         )  # fmt: skip
         digests = {key: done[key].digest for key in jobs}
         manifest = describe(deployment, setup.as_json(), digests)
@@ -136,7 +135,7 @@ def write_weights(
     *, text_only: bool,
 ) -> None:  # fmt: skip
     """The parameters as the programs take them, and what stands beside them in the checkpoint."""
-    mesh = make_mesh(setup.tensor_parallel_size, jax.devices("cpu"))
+    mesh = cpu_mesh(setup)
     loaded = load_model(
         model, dtype=setup.dtype, mesh=mesh, quantization=setup.quantization, text_only=text_only,
         progress=progress,

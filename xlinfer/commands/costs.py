@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from xlinfer.config import ModelConfig
 from xlinfer.deployment import Deployment, Facts, bytes_on_one
-from xlinfer.kvcache import tensor_size
+from xlinfer.mesh import ways
 from xlinfer.plan.roofline import Rates, Work
 from xlinfer.target import Chip
 
@@ -21,7 +21,8 @@ NO_MATRIX = re.compile(r"(bias|scale)")  # of a product: those of norms and QTen
 
 
 def work_of(deployment: Deployment, config: ModelConfig) -> Work:
-    n = tensor_size(deployment.programs.mesh)
+    mesh = deployment.programs.mesh
+    n, own = ways(mesh, "heads"), ways(mesh, "experts")
     itemsize = jnp.dtype(deployment.dtype).itemsize
     layer_bytes = layer_flops = expert_bytes = expert_numbers = 0
     head_bytes = head_flops = 0
@@ -48,9 +49,10 @@ def work_of(deployment: Deployment, config: ModelConfig) -> Work:
         layer_flops=layer_flops,
         head_flops=head_flops,
         num_experts=experts,
+        expert_devices=own,
         experts_per_token=0 if moe is None else moe.num_experts_per_tok,
-        expert_bytes=expert_bytes * n // experts if experts else 0,
-        expert_flops=2 * expert_numbers * n // experts if experts else 0,
+        expert_bytes=expert_bytes * own // experts if experts else 0,
+        expert_flops=2 * expert_numbers * own // experts if experts else 0,
         windows=config.windows,
         attention_chunk_sizes=config.attention_chunk_sizes,
         kv_bytes=crosses

@@ -25,7 +25,7 @@ from xlinfer.plan.roofline import (
     prefill_steps,
     total_seconds,
 )
-from xlinfer.setup import Setup, shapes_for
+from xlinfer.setup import MESH_SIZES, Setup, shapes_for
 from xlinfer.weights import DTYPES
 
 VERSION = 1  # of the object; larger where a name or unit changed
@@ -48,7 +48,7 @@ def report(
         "model": _model(planned, wish),
         "target": _target(planned),
         "mesh": {
-            "tensor_parallel_size": planned.setup.tensor_parallel_size,
+            **{name: getattr(planned.setup, name) for name in MESH_SIZES},
             "replicas": planned.replicas,
             "chosen": wish.tensor_parallel_size is None,
         },
@@ -93,8 +93,9 @@ def parameters(planned: Planned) -> int:
     """The checkpoint's own: no kv head is counted twice."""
     config = {name: x for name, x in planned.setup.config.items() if name not in KEYS}
     plain = replace(
-        planned.setup, config=config, tensor_parallel_size=1, quantization=None, matmul_impl=None
-    )
+        planned.setup, config=config, quantization=None, matmul_impl=None,
+        **dict.fromkeys(MESH_SIZES, 1),
+    )  # fmt: skip
     state = shapes_for(plain, planned_for=planned.target).state
     return sum(math.prod(x.shape) for x in jax.tree.leaves(state))
 
@@ -144,7 +145,7 @@ def _kv_cache(planned: Planned, context: int) -> dict[str, Any]:
     return {
         "dtype": jnp.dtype(planned.deployment.spec.dtype).name,
         "token_bytes": token,
-        "token_bytes_of_all_devices": token * planned.setup.tensor_parallel_size,
+        "token_bytes_of_all_devices": token * planned.setup.devices,
         "page_bytes": memory.page_bytes,
         "page_tokens": plan.page_size,
         "pages": plan.num_pages,
@@ -174,13 +175,15 @@ def _weights(planned: Planned) -> list[dict[str, Any]]:
     made = []
     for path, x in zip(deployment.paths, deployment.params, strict=True):
         spec = tuple(x.sharding.spec)  # type: ignore[union-attr]
-        split = [spec[axis] if axis < len(spec) else None for axis in range(x.ndim)]
+        names = [spec[axis] if axis < len(spec) else None for axis in range(x.ndim)]
+        over = [(name,) if isinstance(name, str) else name or () for name in names]
         made.append(
             {
                 "name": path,
                 "shape": list(x.shape),
                 "dtype": x.dtype.name,
-                "split": split,
+                "split": [" x ".join(names) or None for names in over],
+                "ways": [math.prod(planned.setup.axes[n] for n in names) for names in over],
                 "bytes": bytes_on_one(x),
             }
         )
@@ -256,7 +259,7 @@ def _change(change: Change) -> dict[str, Any]:
     return {
         "flags": change.flags,
         "target": planned.target.name,
-        "tensor_parallel_size": planned.setup.tensor_parallel_size,
+        **{name: getattr(planned.setup, name) for name in MESH_SIZES},
         "replicas": planned.replicas,
         "max_model_len": planned.deployment.plan.max_model_len,
         "sequences_of_max_model_len": planned.concurrency(planned.deployment.plan.max_model_len),
@@ -280,7 +283,7 @@ def _notes(planned: Planned) -> list[str]:
     if target.hosts > 1:
         notes.append(
             f"{target.name} has {target.hosts} hosts, and one replica spans "
-            f"{-(-planned.setup.tensor_parallel_size * target.hosts // target.devices)} of them."
+            f"{-(-planned.setup.devices * target.hosts // target.devices)} of them."
         )
     if planned.fit.fits:
         notes.append(

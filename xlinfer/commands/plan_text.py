@@ -26,7 +26,6 @@ def _head(made: dict[str, Any]) -> str:
     verdict = "fits" if made["fits"] else f"does not fit: {_size(made['short_bytes'])} short"
     if not made["fits"]:
         verdict += " on each device" if target["devices"] > 1 else ""
-    size, replicas = mesh["tensor_parallel_size"], mesh["replicas"]
     devices, hosts = target["devices"], target["hosts"]
     lines = [
         f"{model['name']} on {target['name']}: {verdict}",
@@ -34,9 +33,7 @@ def _head(made: dict[str, Any]) -> str:
     ]
     if devices > 1:
         chosen = " (chosen; --tensor_parallel_size says otherwise)" if mesh["chosen"] else ""
-        lines.append(
-            f"{devices} devices on {hosts} {_s('host', hosts)}: {_shared(replicas, size)}{chosen}"
-        )
+        lines.append(f"{devices} devices on {hosts} {_s('host', hosts)}: {_shared(mesh)}{chosen}")
     return "\n".join(lines)
 
 
@@ -112,17 +109,16 @@ def _programs(made: dict[str, Any]) -> str:
 
 
 def _weights(made: dict[str, Any]) -> str:
-    size = made["mesh"]["tensor_parallel_size"]
-    rows = []
+    size, rows = made["target"]["devices"] // made["mesh"]["replicas"], []
     for weight in made["weights"]:
         sides = [
-            f"{n}/{size}" if axis and size > 1 else str(n)
-            for n, axis in zip(weight["shape"], weight["split"], strict=True)
+            f"{n}/{ways}" if ways > 1 else str(n)
+            for n, ways in zip(weight["shape"], weight["ways"], strict=True)
         ]
         rows.append((weight["name"], " x ".join(sides), weight["dtype"], _mib(weight["bytes"])))
     title = "Weights"
     if size > 1:
-        title += f"; n/{size}: that axis is divided among the {size} devices"
+        title += f"; n/m: that axis is divided among m of the {size} devices"
     return f"{title}\n" + _table(("", "shape", "dtype", "MiB a device"), rows, left=3)
 
 
@@ -204,8 +200,8 @@ def _changes(made: dict[str, Any]) -> str:
     rows = []
     for change in made["changes"]:
         sequences, replicas = change["sequences_of_max_model_len"], change["replicas"]
-        size = change["tensor_parallel_size"]
-        shared = f"{_shared(replicas, size)}, " if replicas * size > 1 else ""
+        alone = replicas == change["tensor_parallel_size"] == change["sequence_parallel_size"] == 1
+        shared = "" if alone else f"{_shared(change)}, "
         rows.append(
             (
                 change["flags"],
@@ -240,8 +236,16 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, left: int) 
     return "\n".join(("  " + "  ".join(cells)).rstrip() for cells in aligned)
 
 
-def _shared(replicas: int, size: int) -> str:
-    return f"{replicas} {_s('replica', replicas)} of {size} {_s('device', size)}"
+def _shared(mesh: dict[str, Any]) -> str:
+    replicas, tensor = mesh["replicas"], mesh["tensor_parallel_size"]
+    experts, sequence = mesh["expert_parallel_size"], mesh["sequence_parallel_size"]
+    size = tensor * sequence
+    shared = f"{replicas} {_s('replica', replicas)} of {size} {_s('device', size)}"
+    if sequence > 1:
+        shared += f", {sequence} parts of a step by {tensor} for each layer"
+    if 1 < experts < tensor:
+        shared += f", experts {experts} x {tensor // experts}"
+    return shared
 
 
 def _s(noun: str, count: int) -> str:

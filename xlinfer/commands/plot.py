@@ -25,7 +25,7 @@ def draw(planned: Planned, made: dict[str, Any], file: Path) -> None:
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
     model, mesh, target = made["model"], made["mesh"], made["target"]
-    size, replicas = mesh["tensor_parallel_size"], mesh["replicas"]
+    size, replicas = planned.setup.devices, mesh["replicas"]
     shared = f", {replicas} x {size} devices" if target["devices"] > 1 else ""
     kept = model["dtype"] + (f", {model['quantization']}" if model["quantization"] else "")
     figure.suptitle(f"{model['name']} ({kept}) on {target['name']}{shared}", fontsize=13)

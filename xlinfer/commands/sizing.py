@@ -18,7 +18,7 @@ from xlinfer.setup import (
     setup,
     shapes_for,
 )
-from xlinfer.target import Target
+from xlinfer.target import Target, TargetError
 
 CONTEXT = 2048  # tokens of a sequence, where throughput is compared
 UNBOUNDED = 2**40  # pages: more than any memory holds
@@ -32,6 +32,8 @@ class Wish:
     target: str
     text_only: bool
     tensor_parallel_size: int | None  # None: the best
+    expert_parallel_size: int | None  # None: the most that divides experts and devices
+    sequence_parallel_size: int
     dtype: str
     quantization: str | None
     matmul_impl: str | None
@@ -69,7 +71,7 @@ class Planned:
 
     @property
     def replicas(self) -> int:
-        return self.target.devices // self.setup.tensor_parallel_size
+        return self.target.devices // self.setup.devices
 
     @property
     def work(self) -> Work:
@@ -112,7 +114,7 @@ def plan_for(wish: Wish) -> Planned:
     best, most, largest = None, 0.0, None
     refused: ValueError | None = None
     for size in range(1, target.devices + 1):
-        if target.devices % size:
+        if target.devices % (size * wish.sequence_parallel_size):
             continue
         try:
             found = _planned(_setup_of(wish, size), target)
@@ -123,8 +125,10 @@ def plan_for(wish: Wish) -> Planned:
         if found.fit.fits and (rate := throughput(found)) > most:
             best, most = found, rate
     if largest is None:
-        assert refused is not None
-        raise refused
+        raise refused or TargetError(
+            f"sequence_parallel_size={wish.sequence_parallel_size} does not divide the "
+            f"{target.devices} devices of {target.name}"
+        )
     return best or largest
 
 
@@ -145,7 +149,9 @@ def cache_room(memory: Memory, target: Target) -> int:
 def _setup_of(wish: Wish, tensor_parallel_size: int) -> Setup:
     return setup(
         wish.model, wish.target, text_only=wish.text_only,
-        tensor_parallel_size=tensor_parallel_size, dtype=wish.dtype,
+        tensor_parallel_size=tensor_parallel_size,
+        expert_parallel_size=wish.expert_parallel_size,
+        sequence_parallel_size=wish.sequence_parallel_size, dtype=wish.dtype,
         quantization=wish.quantization, matmul_impl=wish.matmul_impl, sizes=wish.sizes,
     )  # fmt: skip
 

@@ -168,6 +168,11 @@ def compile_again(manifest: Mapping[str, Any]) -> str:
         for name in ("tensor_parallel_size", "dtype", "quantization", "matmul_impl")
         if setup.get(name) is not None
     ]
+    flags += [
+        f"--{name}={setup[name]}"
+        for name in ("expert_parallel_size", "sequence_parallel_size")
+        if setup.get(name, 1) > 1
+    ]
     default = asdict(Sizes())
     sizes = {n: v for n, v in setup.get("sizes", {}).items() if v != default.get(n)}
     flags += [f"--{name}={value}" for name, value in sizes.items()]

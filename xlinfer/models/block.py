@@ -8,7 +8,8 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.devices import Device
 from xlinfer.config import LayerKind, ModelConfig
-from xlinfer.kvcache import FULL, KV, AnyMesh, Attend, LatentAttend
+from xlinfer.kvcache import FULL, KV, Attend, LatentAttend
+from xlinfer.mesh import AnyMesh
 from xlinfer.models.mla import LatentAttention
 from xlinfer.models.moe import MoE
 from xlinfer.models.parts import MLP, Attention, hidden_norm

@@ -10,16 +10,8 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.devices import Device
 from pallas_kernels.flash_attention import flash_attention
-from xlinfer.kvcache import (
-    FULL,
-    KV,
-    AnyMesh,
-    Attend,
-    CrossAttend,
-    Keep,
-    LatentAttend,
-    by_head,
-)
+from xlinfer.kvcache import FULL, KV, Attend, CrossAttend, Keep, LatentAttend
+from xlinfer.mesh import AnyMesh, by_head
 
 
 @runtime_checkable
@@ -86,7 +78,7 @@ class EncoderDecoderLM(CausalLM, Protocol):
 
 def causal_attend(device: Device, mesh: AnyMesh | None) -> Attend:
     """The `attend` over whole sequences, without a cache, by what flash_attention chooses for
-    `device`; each device of the mesh's tensor axis attends with its own heads."""
+    `device`; each device attends with its own heads."""
     return _whole_rows(device, mesh, None, causal=True)
 
 

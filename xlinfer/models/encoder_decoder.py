@@ -11,7 +11,8 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.devices import DEVICES, Device
 from xlinfer.config import ModelConfig, RelativePositions
-from xlinfer.kvcache import FULL, KV, AnyMesh, Attend, CrossAttend, Keep
+from xlinfer.kvcache import FULL, KV, Attend, CrossAttend, Keep
+from xlinfer.mesh import AnyMesh
 from xlinfer.models.causal_lm import (
     causal_attend,
     dense_cross_attend,

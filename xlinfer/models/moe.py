@@ -13,17 +13,17 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.devices import Device
 from xlinfer.config import Activation, ExpertGroups, ModelConfig
-from xlinfer.kvcache import AnyMesh
-from xlinfer.mesh import TENSOR
+from xlinfer.mesh import AnyMesh, split, ways
 from xlinfer.models.parts import MLP, activate, bias, weight
-from xlinfer.quant import Experts, grouped_product
+from xlinfer.quant import Experts, grouped_product, specs_of
 
 Choice = tuple[Float[Array, "T k"], Int[Array, "T k"]]  # weights, and experts by number
 
 
 class MoE(nnx.Module):
-    """Each expert is a gated MLP. They are spread over the mesh's tensor axis, some
-    to a device; every device sees all tokens and multiplies its own experts' rows."""
+    """Each expert is a gated MLP. They are spread over the mesh's expert axis, some to a device,
+    and each of them over its tensor axis; a device sees all tokens of its part of the step and
+    multiplies its own experts' rows. One sum over both axes makes the output."""
 
     def __init__(
         self,
@@ -37,7 +37,8 @@ class MoE(nnx.Module):
         assert cfg.moe is not None
         D, E, I = cfg.hidden_size, cfg.moe.num_experts, cfg.moe.intermediate_size
         self.router_DR = weight(rngs, dtype, ("hidden", "routes"), D, E)
-        # [E, N, K] as grouped_matmul wants it; the first I of gate_up's rows are the gate's.
+        # [E, N, K] as grouped_matmul wants it. The first I of gate_up's rows are the gate's, and
+        # where devices share an expert, the first half of each one's: see placing.Halves.
         self.gate_up_EID = weight(
             rngs, dtype, ("experts", "expert_ffw", "hidden"), E, 2 * I, D, is_experts=True
         )
@@ -102,28 +103,33 @@ class MoE(nnx.Module):
         mesh, E = self.mesh, self.moe.num_experts
         if mesh is None or mesh.size == 1:  # XLA cannot split a kernel among devices
             return self._own(x_TD, choice, matrices, biases, E)
-        axis = TENSOR if TENSOR in mesh.shape else None
+        expert, inside = split(mesh, "experts"), split(mesh, "expert_ffw")
+        summed = [axis for axis in (expert, inside) if axis is not None]
 
         def local(x_TD, choice, matrices, biases):
-            if axis is None:
-                return self._own(x_TD, choice, matrices, biases, E)
-            (weight_Tk, expert_Tk), own = choice, E // mesh.shape[axis]
-            expert_Tk -= own * lax.axis_index(axis)
-            # Another device's is number `own`: it comes after all of this one's.
-            expert_Tk = jnp.where((expert_Tk >= 0) & (expert_Tk < own), expert_Tk, own)
-            return lax.psum(self._own(x_TD, (weight_Tk, expert_Tk), matrices, biases, own), axis)
+            (weight_Tk, expert_Tk), own = choice, E // ways(mesh, "experts")
+            if expert is not None:
+                expert_Tk -= own * lax.axis_index(expert)
+                # Another device's is number `own`: it comes after all of this one's.
+                expert_Tk = jnp.where((expert_Tk >= 0) & (expert_Tk < own), expert_Tk, own)
+            if inside is not None and biases is not None:  # of a sum, added once
+                is_first = lax.axis_index(inside) == 0
+                biases = biases[0], jnp.where(is_first, biases[1], 0)
+            y_TD = self._own(x_TD, (weight_Tk, expert_Tk), matrices, biases, own)
+            return lax.psum(y_TD, summed) if summed else y_TD
 
-        none = PartitionSpec()
-
-        def by_expert(w: Experts):
-            layers = () if isinstance(w, jax.Array) or w.layer is None else (None,)
-            return jax.tree.map(lambda a: PartitionSpec(*layers, axis) if a.ndim else none, w)
-
+        by_token = PartitionSpec(split(mesh, "tokens", x_TD.shape[0]))
+        gate_up, down = matrices
         run = jax.shard_map(
             local,
             mesh=mesh,
-            in_specs=(none, (none, none), tuple(map(by_expert, matrices)), PartitionSpec(axis)),
-            out_specs=none,
+            in_specs=(
+                by_token,
+                (by_token, by_token),
+                (specs_of(gate_up, None, inside, expert), specs_of(down, inside, None, expert)),
+                None if biases is None else (PartitionSpec(expert, inside), PartitionSpec(expert)),
+            ),
+            out_specs=by_token,
             check_vma=False,
         )
         return run(x_TD, choice, matrices, biases)

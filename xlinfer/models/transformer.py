@@ -10,7 +10,8 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.devices import DEVICES, Device
 from xlinfer.config import ModelConfig, Rope
-from xlinfer.kvcache import KV, AnyMesh, Attend, LatentAttend, Latents
+from xlinfer.kvcache import KV, Attend, LatentAttend, Latents
+from xlinfer.mesh import AnyMesh
 from xlinfer.models.block import Block
 from xlinfer.models.causal_lm import causal_attend, causal_latent_attend
 from xlinfer.models.parts import bias, hidden_norm, token_logits, weight

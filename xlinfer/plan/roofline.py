@@ -35,9 +35,10 @@ class Work:
     layer_flops: int  # of a token in all layers, experts and attention apart
     head_flops: int  # of a row
     num_experts: int  # of a layer, over all devices; 0: there are none
+    expert_devices: int  # that have experts of their own, which the other devices share
     experts_per_token: int
-    expert_bytes: int  # of one expert in all layers
-    expert_flops: int  # of a token in one expert, all layers
+    expert_bytes: int  # of this device's part of one expert in all layers
+    expert_flops: int  # of a token in that
     windows: tuple[int | None, ...]  # per layer: tokens seen; None sees all
     # Per layer: of those, the ones of a token's own chunk; None: sequences are not cut.
     attention_chunk_sizes: tuple[int | None, ...]
@@ -134,7 +135,7 @@ def distinct_experts(work: Work, tokens: int) -> float:
     if not work.num_experts:
         return 0.0
     missed = (1 - work.experts_per_token / work.num_experts) ** tokens
-    return work.num_experts / work.devices * (1 - missed)
+    return work.num_experts / work.expert_devices * (1 - missed)
 
 
 def _step(
@@ -157,7 +158,7 @@ def _step(
     products = (
         tokens * work.layer_flops
         + sampled * work.head_flops
-        + tokens * work.experts_per_token / n * work.expert_flops
+        + tokens * work.experts_per_token / work.expert_devices * work.expert_flops
     )
     attention = pairs * work.pair_flops
     return Step(

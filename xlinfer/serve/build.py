@@ -56,6 +56,8 @@ class EngineOptions:
     hbm_utilization: float = 0.9
     tensor_parallel_size: int = 1
     data_parallel_size: int = 1
+    expert_parallel_size: int | None = None  # None: the most that divides experts and devices
+    sequence_parallel_size: int = 1
     quantization: str | None = None  # int4, int8, fp8; None: weights as they are
     attention_impl: str | None = None  # None: the device's kernel
     kv_cache_dtype: str = "auto"  # auto: the activations' or the checkpoint's, fp8, or a float
@@ -79,7 +81,8 @@ class Built:
 # Options that decide what an artifact's programs are: given, they must be what it was compiled for.
 _COMPILED = (
     *("dtype", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "page_size"),
-    *("num_pages", "hbm_utilization", "tensor_parallel_size", "quantization", "matmul_impl"),
+    *("num_pages", "hbm_utilization", "tensor_parallel_size", "expert_parallel_size"),
+    *("sequence_parallel_size", "quantization", "matmul_impl"),
     *("attention_impl", "kv_cache_dtype", "deterministic", "max_logprobs"),
 )
 # Options that are the engine's arguments of the same name.
@@ -112,7 +115,7 @@ def build(options: EngineOptions, progress: Progress) -> Built:
     import converters
     from xlinfer.compile.store import Store, use_jax_cache
     from xlinfer.engine.engine import Engine
-    from xlinfer.mesh import make_mesh, replica_meshes
+    from xlinfer.mesh import default_expert_parallel_size, make_mesh, replica_meshes
     from xlinfer.weights import load_model, replica
 
     kept = None
@@ -124,9 +127,13 @@ def build(options: EngineOptions, progress: Progress) -> Built:
     tokenizer = Tokenizer.open(
         options.tokenizer or options.model, chat_template=options.chat_template
     )
-    mesh, *others = replica_meshes(
-        make_mesh(options.tensor_parallel_size), options.data_parallel_size
+    size, experts = options.tensor_parallel_size, options.expert_parallel_size
+    if experts is None:
+        experts = default_expert_parallel_size(checkpoint.config, size)
+    first = make_mesh(
+        size, expert_parallel_size=experts, sequence_parallel_size=options.sequence_parallel_size
     )
+    mesh, *others = replica_meshes(first, options.data_parallel_size)
     if options.matmul_impl is not None and not (options.quantization or checkpoint.scheme):
         raise ValueError(
             f"matmul_impl={options.matmul_impl} chooses how quantized weights are multiplied, and "
