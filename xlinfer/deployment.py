@@ -32,7 +32,7 @@ from xlinfer.programs import (
     sample_shapes,
 )
 from xlinfer.quant import QTensor
-from xlinfer.sampling import Slots, empty_slots
+from xlinfer.sampling import Slots, empty_slots, slot_places
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,9 +126,11 @@ class Deployment:
         programs, plan, mesh = self.programs, self.plan, self.programs.mesh
         whole = NamedSharding(mesh, PartitionSpec())
         place = lambda shape, dtype=jnp.int32: jax.ShapeDtypeStruct(shape, dtype, sharding=whole)
+        slot_lies = slot_places(mesh, self.facts.vocab_size)
         slots = jax.tree.map(
-            lambda x: place(x.shape, x.dtype), slot_shapes(plan.max_num_seqs, self.facts.vocab_size)
-        )
+            lambda x, lies: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=lies),
+            slot_shapes(plan.max_num_seqs, self.facts.vocab_size), slot_lies,
+        )  # fmt: skip
         packed = lambda shapes: place((sum(x.size for x in jax.tree.leaves(shapes)),))
         kv, params, largest = self.spec.abstract(mesh), self.params, plan.token_buckets[-1]
         hidden = jax.eval_shape(
@@ -140,7 +142,7 @@ class Deployment:
 
         jobs: dict[tuple[str, int], Job] = {}
         for rows in plan.decode_buckets:
-            step, out = packed(decode_shapes(plan, rows)), (cache, whole, whole)
+            step, out = packed(decode_shapes(plan, rows)), (cache, slot_lies, whole)
             run = partial(programs.decode, rows=rows)
             jobs["decode", rows] = Job(run, (params, kv, slots, step), (1, 2), out)
         for tokens in plan.token_buckets:
@@ -153,10 +155,10 @@ class Deployment:
             step = packed(encode_shapes(tokens))
             jobs["encode", tokens] = Job(run, (params, kv, step), (1,), cache)
         sample = (params, slots, states(plan.max_num_seqs), packed(sample_shapes(plan)))
-        jobs["sample", 0] = Job(programs.sample, sample, (1,), whole)
+        jobs["sample", 0] = Job(programs.sample, sample, (1,), (slot_lies, whole))
         score = (params, states(largest), place((largest,)), place(()))
         jobs["score", 0] = Job(programs.score, score, (), whole)
-        jobs["admit", 0] = Job(programs.admit, _admit_args(slots, place), (0,), whole)
+        jobs["admit", 0] = Job(programs.admit, _admit_args(slots, place), (0,), slot_lies)
         jobs["allocate", 0] = Job(partial(self.spec.zeros, mesh), (), (), cache)
         return jobs
 
@@ -254,6 +256,13 @@ def deploy(
         fewest_tokens=defaults.fewest_tokens,
         fewest_rows=defaults.fewest_rows,
     )
+    parts = ways(mesh, "tokens")
+    if uneven := [tokens for tokens in plan.token_buckets if tokens % parts]:
+        raise PlanError(
+            f"sequence_parallel_size={parts} does not divide steps of "
+            f"{', '.join(map(str, uneven))} tokens: max_num_batched_tokens, which is "
+            f"{max_num_batched_tokens}, must be a multiple of {parts} by a power of two."
+        )
     programs = Programs(
         graph=graph,
         tree=tree,

@@ -11,18 +11,26 @@ read.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
 from pallas_kernels import mla_attention, paged_attention
 from pallas_kernels.devices import Device, Impl
-from pallas_kernels.paged_attention import PackedPages, Pages, Ragged, Scales, heads_axis
-from xlinfer.mesh import AnyMesh, by_head, ways
+from pallas_kernels.paged_attention import (
+    PackedPages,
+    Pages,
+    Ragged,
+    Scales,
+    heads_axis,
+    in_parts,
+)
+from xlinfer.mesh import AnyMesh, by_head, split, ways
 
 KV = Any  # the cache, a pytree threaded through the layers; None without one
 FULL = 2**30  # a window that never ends
@@ -195,6 +203,30 @@ def cache_dtype(asked: str, activations: Any, has_scales: bool) -> np.dtype:
     return dtype
 
 
+class Step(NamedTuple):
+    """Where a step's tokens go and which row each belongs to."""
+
+    page_T: Array
+    slot_T: Array
+    ragged: Ragged
+
+
+def step_of(page_T: Array, slot_T: Array, ragged: Ragged, mesh: AnyMesh) -> tuple[Step, Step]:
+    """The whole step, and where the mesh splits its tokens what each part sees of it, along a new
+    first axis; else the step again."""
+    step, tokens = Step(page_T, slot_T, ragged), split(mesh, "tokens", len(page_T))
+    if tokens is None:
+        return step, step
+    # Both are said: XLA else splits what leads to the parts, and gathers it for the whole.
+    placed = lambda tree, *axes: lax.with_sharding_constraint(
+        tree, NamedSharding(mesh, PartitionSpec(*axes))
+    )
+    step, parts = placed(step), ways(mesh, "tokens")
+    by_part = lambda x_T: x_T.reshape(parts, -1)
+    ragged = in_parts(step.ragged, len(page_T), parts)
+    return step, placed(Step(by_part(step.page_T), by_part(step.slot_T), ragged), tokens)
+
+
 def paged_attend(
     page_T: Int[Array, " T"],
     slot_T: Int[Array, " T"],
@@ -205,8 +237,10 @@ def paged_attend(
     device: Device,
     impl: Impl,
 ) -> Attend:
-    """The `attend` over a paged cache for a step's tokens [1, T]; each device attends with
-    its own heads."""
+    """The `attend` over a paged cache for a step's tokens [1, T]; each device attends with its own
+    heads, and where the mesh splits tokens with its own tokens, to the cache of them all."""
+    tokens = split(mesh, "tokens", page_T.shape[0])
+    step, own = step_of(page_T, slot_T, ragged, mesh)
 
     def attend(
         q_BTNH, k_BTKH, v_BTKH, kv: Cache, *,
@@ -216,10 +250,17 @@ def paged_attend(
         if jax.tree.leaves(kv)[0].dtype != FP8:
             kv_scales = None
 
-        def local(q_TNH, k_TKH, v_TKH, kv, of_heads, layer, window):
+        def local(q_TNH, k_TKH, v_TKH, kv, of_heads, layer, window, own: Step):
             sinks_N, alibi_N, distance_bias_NX, kv_scales = of_heads
+            if tokens is not None:
+                own = jax.tree.map(lambda x: x[0], own)
+                k_all, v_all = lax.all_gather((k_TKH, v_TKH), tokens, tiled=True)
+                kv = paged_attention.write(
+                    k_all, v_all, kv, layer, step.page_T, step.slot_T, kv_scales=kv_scales,
+                    device=device, impl=impl,
+                )  # fmt: skip
             return paged_attention.write_and_attend(
-                q_TNH, k_TKH, v_TKH, kv, layer, page_T, slot_T, ragged,
+                q_TNH, k_TKH, v_TKH, kv, layer, own.page_T, own.slot_T, own.ragged,
                 window=window, attention_chunk_size=attention_chunk_size, scale=scale,
                 softcap=softcap, sinks_N=sinks_N, alibi_N=alibi_N,
                 distance_bias_NX=distance_bias_NX, kv_scales=kv_scales, decode_only=decode_only,
@@ -227,19 +268,20 @@ def paged_attend(
             )  # fmt: skip
 
         if mesh.size > 1:
-            heads, one, none = by_head(mesh, before=1), by_head(mesh, before=0), PartitionSpec()
-            cache = by_head(mesh, before=heads_axis(impl))
+            heads, one = PartitionSpec(tokens, split(mesh, "heads")), by_head(mesh, before=0)
+            new = PartitionSpec(*() if tokens is None else (tokens,))
+            cache, none = by_head(mesh, before=heads_axis(impl)), PartitionSpec()
             kv_specs = jax.tree.map(lambda _: cache, kv)
             local = jax.shard_map(
                 local,
                 mesh=mesh,
-                in_specs=(heads, heads, heads, kv_specs, one, none, none),
+                in_specs=(heads, heads, heads, kv_specs, one, none, none, new),
                 out_specs=(heads, kv_specs),
                 check_vma=False,
             )
         o_TNH, kv = local(
             q_BTNH[0], k_BTKH[0], v_BTKH[0], kv, (sinks_N, alibi_N, distance_bias_NX, kv_scales),
-            jnp.asarray(layer), jnp.asarray(window),
+            jnp.asarray(layer), jnp.asarray(window), own,
         )  # fmt: skip
         return o_TNH[None], kv
 
@@ -321,28 +363,35 @@ def paged_latent_attend(
 ) -> LatentAttend:
     """`paged_attend` to latents: each head's query goes through its k_b, so that the cache is read
     once for all heads, and its output through its v_b. Every device writes its own copy."""
+    tokens = split(mesh, "tokens", page_T.shape[0])
+    step, own = step_of(page_T, slot_T, ragged, mesh)
 
     def attend(q_BTNU, q_BTNJ, latent_BTC, rope_BTJ, k_b_NUC, v_b_NCW, kv: Cache, *, layer, scale):
-        def local(q_TNU, q_TNJ, latent_TC, rope_TJ, k_b_NUC, v_b_NCW, kv, layer):
+        def local(q_TNU, q_TNJ, latent_TC, rope_TJ, k_b_NUC, v_b_NCW, kv, layer, own: Step):
+            if tokens is not None:
+                own = jax.tree.map(lambda x: x[0], own)
+                latent_all, rope_all = lax.all_gather((latent_TC, rope_TJ), tokens, tiled=True)
+                kv = mla_attention.write(latent_all, rope_all, kv, layer, step.page_T, step.slot_T)
             q_TNC = jnp.einsum("TNU,NUC->TNC", q_TNU, k_b_NUC)
             o_TNC, kv = mla_attention.write_and_attend(
-                q_TNC, q_TNJ, latent_TC, rope_TJ, kv, layer, page_T, slot_T, ragged,
+                q_TNC, q_TNJ, latent_TC, rope_TJ, kv, layer, own.page_T, own.slot_T, own.ragged,
                 scale=scale, decode_only=decode_only, device=device, impl=impl,
             )  # fmt: skip
             return jnp.einsum("TNC,NCW->TNW", o_TNC, v_b_NCW), kv
 
         if mesh.size > 1:
-            heads, one, none = by_head(mesh, before=1), by_head(mesh, before=0), PartitionSpec()
+            heads, one = PartitionSpec(tokens, split(mesh, "heads")), by_head(mesh, before=0)
+            new, none = PartitionSpec(*() if tokens is None else (tokens,)), PartitionSpec()
             local = jax.shard_map(
                 local,
                 mesh=mesh,
-                in_specs=(heads, heads, none, none, one, one, none, none),
+                in_specs=(heads, heads, new, new, one, one, none, none, new),
                 out_specs=(heads, none),
                 check_vma=False,
             )
         o_TNW, kv = local(
             q_BTNU[0], q_BTNJ[0], latent_BTC[0], rope_BTJ[0], k_b_NUC, v_b_NCW, kv,
-            jnp.asarray(layer),
+            jnp.asarray(layer), own,
         )  # fmt: skip
         return o_TNW[None], kv
 

@@ -9,7 +9,7 @@ travel as one int32 vector (`pack`).
 T tokens of the step   R rows   Z slots   M pages per row   V vocabulary   W decode window
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.devices import Device, Impl
@@ -30,6 +31,7 @@ from xlinfer.kvcache import (
     paged_keep,
     paged_latent_attend,
 )
+from xlinfer.mesh import RULES, split
 from xlinfer.plan import Plan
 from xlinfer.sampling import (
     Logprobs,
@@ -40,6 +42,7 @@ from xlinfer.sampling import (
     choose,
     logprobs_of,
     no_logprobs,
+    slot_places,
     take,
 )
 
@@ -179,19 +182,19 @@ class Programs:
     ) -> tuple[Cache, Float[Array, "most D"], Float[Array, "R D"]]:
         """The cache with this step's KV, every token's hidden state (padded to the largest
         bucket, so that one `score` serves all), each row's last."""
-        x = unpack(packed, forward_shapes(self.plan, tokens))
+        x = self._whole(unpack(packed, forward_shapes(self.plan, tokens)))
         token_T = jnp.where(x.token_T == FROM_DEVICE, slots.state.token_Z[x.slot_T], x.token_T)
         ragged = Ragged(x.pages_RM, x.kv_len_R, x.start_R, x.num_decodes, x.num_rows)
         attend = self._attend(x.page_T, x.offset_T, ragged, decode_only=False)
         row_T = jnp.searchsorted(x.start_R[1:], jnp.arange(tokens), side="right")
         row_T = jnp.minimum(row_T, self.plan.max_num_seqs - 1)
-        x_1TD, kv = self._model(params).hidden(
-            token_T[None], x.pos_T[None], attend, kv, context_len=self.plan.max_model_len,
-            **self._cross(x.encoded, row_T, x.start_R[-1]),
+        x_TD, kv = self._hidden(
+            self._model(params), token_T, x.pos_T, attend, kv,
+            self._cross(x.encoded, row_T, x.start_R[-1]),
         )  # fmt: skip
         last_R = jnp.maximum(x.start_R[1:] - 1, 0)
         unused = self.plan.max_num_batched_tokens - tokens
-        return kv, jnp.pad(x_1TD[0], ((0, unused), (0, 0))), x_1TD[0, last_R]
+        return kv, jnp.pad(x_TD, ((0, unused), (0, 0))), x_TD[last_R]
 
     def sample(
         self,
@@ -203,11 +206,10 @@ class Programs:
         """One token for each row; padding rows' slot is the last, which nobody holds. Reading
         the head's weights costs the same for few rows as for many, so there is one size."""
         x = unpack(packed, sample_shapes(self.plan))
-        logits_RV = self._model(params).logits(hidden_RD[x.row_R][None])[0]
         chosen = take(slots.params, x.slot_R)
         live_R = ~slots.state.done_Z[x.slot_R]
-        state, token_R, logprobs = self._choose(
-            logits_RV, chosen, slots.state, x.slot_R, x.length_R, live_R, x.wanted
+        state, token_R, logprobs = self._in_each_part(self._choose)(
+            hidden_RD[x.row_R], params, chosen, slots.state, x.slot_R, x.length_R, live_R, x.wanted
         )
         count_R = live_R.astype(jnp.int32)
         sampled = Sampled(token_R[None], count_R, jax.tree.map(lambda a: a[None], logprobs))
@@ -223,7 +225,7 @@ class Programs:
         rows: int,
     ) -> tuple[Cache, Slots, Sampled]:
         """Up to `num_steps` tokens a row, until every row has stopped."""
-        x = unpack(packed, decode_shapes(self.plan, rows))
+        x = self._whole(unpack(packed, decode_shapes(self.plan, rows)))
         model, W = self._model(params), self.plan.decode_window
         chosen = take(slots.params, x.slot_R)
         start_R = jnp.arange(rows + 1)
@@ -235,6 +237,7 @@ class Programs:
         )
 
         cross = self._cross(x.encoded, jnp.arange(rows), x.num_rows)
+        several, places = self.mesh.size > 1, slot_places(self.mesh, model.vocab_size).state
 
         def token(carry):
             i, kv, state, out = carry
@@ -247,12 +250,10 @@ class Programs:
             ragged = Ragged(x.pages_RM, kv_len_R, start_R, x.num_rows, x.num_rows)
             offset_R = pos_R % self.plan.page_size
             attend = self._attend(page_R, offset_R, ragged, decode_only=True)
-            x_1RD, kv = model.hidden(
-                state.token_Z[x.slot_R][None], pos_R[None], attend, kv,
-                context_len=self.plan.max_model_len, **cross,
-            )  # fmt: skip
-            state, token_R, logprobs = self._choose(
-                model.logits(x_1RD)[0], chosen, state, x.slot_R, length_R, live_R, x.wanted
+            token_R = state.token_Z[x.slot_R]
+            x_RD, kv = self._hidden(model, token_R, pos_R, attend, kv, cross)
+            state, token_R, logprobs = self._in_each_part(self._choose)(
+                x_RD, params, chosen, state, x.slot_R, length_R, live_R, x.wanted
             )
             put = lambda all_W, one: all_W.at[i].set(one)
             out = Sampled(
@@ -260,7 +261,8 @@ class Programs:
                 out.count_R + live_R.astype(jnp.int32),
                 jax.tree.map(put, out.logprobs, logprobs),
             )
-            return i + 1, kv, state, out
+            state = lax.with_sharding_constraint(state, places) if several else state
+            return i + 1, kv, state, self._whole(out)
 
         def unfinished(carry):
             i, _, state, _ = carry
@@ -339,6 +341,27 @@ class Programs:
         )  # fmt: skip
         return {"cross": cross}
 
+    def _hidden(self, model: Any, token_T, pos_T, attend, kv: Cache, cross: dict):
+        """The hidden states of a step's tokens, whole on every device, and the cache. Between, each
+        device has its own part of the tokens, where the mesh splits them."""
+        tokens = split(self.mesh, "tokens", len(token_T))
+        lies = NamedSharding(self.mesh, PartitionSpec(tokens))
+        if tokens is not None:
+            token_T, pos_T = (
+                lax.with_sharding_constraint(x, lies) for x in self._whole((token_T, pos_T))
+            )
+        x_1TD, kv = model.hidden(
+            token_T[None], pos_T[None], attend, kv, context_len=self.plan.max_model_len, **cross
+        )
+        return self._whole(x_1TD[0]), kv
+
+    def _whole[Tree](self, tree: Tree) -> Tree:
+        """Whole on every device, which XLA else decides by what reads it."""
+        if self.mesh.size == 1:
+            return tree
+        whole = NamedSharding(self.mesh, PartitionSpec())
+        return jax.tree.map(lambda x: lax.with_sharding_constraint(x, whole), tree)
+
     def _attend(self, page_T, offset_T, ragged: Ragged, *, decode_only: bool):
         attend = paged_latent_attend if self.latent else paged_attend
         return attend(
@@ -346,7 +369,19 @@ class Programs:
             decode_only=decode_only, device=self.device, impl=self.attention_impl,
         )  # fmt: skip
 
-    def _choose(self, logits_RV, chosen, state, slot_R, length_R, live_R, wanted: Wanted):
+    def _in_each_part(self, run: Callable) -> Callable:
+        """`run`, of arrays that every part of the mesh that has its own tokens holds, done by each:
+        XLA would have them share it, and exchange its pieces for every token."""
+        if split(self.mesh, "tokens") is None:
+            return run
+        whole = PartitionSpec()
+        return jax.shard_map(
+            run, mesh=self.mesh, in_specs=whole, out_specs=whole,
+            axis_names=set(RULES["tokens"]), check_vma=False,
+        )  # fmt: skip
+
+    def _choose(self, x_RD, params, chosen, state, slot_R, length_R, live_R, wanted: Wanted):
+        logits_RV = self._model(params).logits(x_RD[None])[0]
         token_R = choose(logits_RV, chosen, state, slot_R, length_R, wanted)
         most = self.plan.max_logprobs
         logprobs = lax.cond(

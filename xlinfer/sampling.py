@@ -13,8 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
+from xlinfer.mesh import AnyMesh, split
 from xlinfer.request import MAX_BAD_WORDS, MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS
 
 STOP_IDS = MAX_STOP_TOKEN_IDS + 16  # the request's and the model's own
@@ -101,6 +103,17 @@ def empty_slots(num_slots: int, vocab_size: int) -> Slots:
             recent_ZC=whole(NO_TOKEN, BAD_WORD_LENGTH), output_count_ZV=whole(0, vocab_size),
         ),
     )  # fmt: skip
+
+
+def slot_places(mesh: AnyMesh, vocab_size: int) -> Slots:
+    """How slots lie on `mesh`: whole on every device, but the counts of outputs, which are met by
+    logits and lie as they do."""
+    whole = NamedSharding(mesh, PartitionSpec())
+    state = SlotState(*[whole] * len(SlotState._fields))
+    counts = NamedSharding(mesh, PartitionSpec(None, split(mesh, "vocab", vocab_size)))
+    return Slots(
+        SlotParams(*[whole] * len(SlotParams._fields)), state._replace(output_count_ZV=counts)
+    )
 
 
 def choose(

@@ -18,7 +18,7 @@ from pallas_kernels.mla_attention import reference
 from pallas_kernels.mla_attention.layout import FP8, LANES, Pages
 from pallas_kernels.paged_attention import Ragged
 
-__all__ = ["Impl", "Pages", "Ragged", "cache_shapes", "choose", "write_and_attend"]
+__all__ = ["Impl", "Pages", "Ragged", "cache_shapes", "choose", "write", "write_and_attend"]
 
 IMPLS: tuple[Impl, ...] = ("reference", "mosaic_gpu", "mosaic_tpu")
 QUERY_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
@@ -52,6 +52,24 @@ def cache_shapes(
     if impl == "mosaic_tpu":
         width = -(-width // LANES) * LANES
     return Pages(jax.ShapeDtypeStruct((num_layers, num_pages, page_size, width), dtype))
+
+
+def write(
+    latent_TC: Float[Array, "T C"],
+    rope_TH: Float[Array, "T H"],
+    pages: Pages,
+    layer: int | Int[Array, ""],
+    page_T: Int[Array, " T"],
+    slot_T: Int[Array, " T"],
+    *,
+    kv_scale: Float[Array, ""] | None = None,
+) -> Pages:
+    """What `write_and_attend` writes, whatever its impl, and nothing else."""
+    filled = pages.kv_LPSD.shape[3] - latent_TC.shape[1]
+    rope_TH = jnp.pad(rope_TH, ((0, 0), (0, filled - rope_TH.shape[1])))
+    return Pages(
+        reference.write(latent_TC, rope_TH, pages.kv_LPSD, layer, page_T, slot_T, kv_scale)
+    )
 
 
 def write_and_attend(

@@ -14,13 +14,20 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import checks
 from pallas_kernels.devices import Device, Impl, mosaic
 from pallas_kernels.paged_attention import reference
-from pallas_kernels.paged_attention.layout import FP8, PackedPages, Pages, Ragged, Scales
+from pallas_kernels.paged_attention.layout import (
+    FP8,
+    PackedPages,
+    Pages,
+    Ragged,
+    Scales,
+    in_parts,
+)
 from pallas_kernels.paged_attention.tiles import PhaseTiles
 from pallas_kernels.reach import check_chunk_size
 
 __all__ = [
     "Impl", "PackedPages", "Pages", "PhaseTiles", "Ragged", "Scales", "attend", "cache_shapes",
-    "choose", "heads_axis", "write", "write_and_attend",
+    "choose", "heads_axis", "in_parts", "write", "write_and_attend",
 ]  # fmt: skip
 
 IMPLS: tuple[Impl, ...] = ("reference", "mosaic_gpu", "mosaic_tpu")
@@ -33,8 +40,8 @@ def choose(
     apart: bool = False,
 ) -> Impl:  # fmt: skip
     """What the op runs on `device` with a cache of these pages: the device's kernel if that takes
-    them, else the reference. `distance_bias`: scores gain one; `apart`: `write` and `attend` are
-    called too."""
+    them, else the reference. `distance_bias`: scores gain one; `apart`: `attend` is called
+    too."""
     impl = mosaic(device)
     asked = {"distance_bias": distance_bias, "apart": apart}
     refused = refusal(impl, page_size=page_size, head_dim=head_dim, dtype=dtype, **asked)
@@ -157,26 +164,27 @@ def write_and_attend(
 def write(
     k_TKH: Float[Array, "T K H"],
     v_TKH: Float[Array, "T K H"],
-    pages: Pages,
+    pages: Pages | PackedPages,
     layer: int | Int[Array, ""],
     page_T: Int[Array, " T"],
     slot_T: Int[Array, " T"],
     *,
+    kv_scales: Scales | None = None,
     device: Device,
     impl: Impl | None = None,
-) -> Pages:
-    """What `write_and_attend` writes, and nothing else: into a cache in k's dtype."""
-    cache = _described(pages, k_TKH.shape[-1])
-    impl = impl or choose(device, **cache, apart=True)
+) -> Pages | PackedPages:
+    """What `write_and_attend` writes, and nothing else."""
+    cache, K = _described(pages, k_TKH.shape[-1]), k_TKH.shape[1]
+    impl = impl or choose(device, **cache)
     checks.check_one_of("impl", impl, IMPLS)
-    _refuse(impl, **cache, apart=True)
+    _refuse(impl, **cache)
     _check_new(k_TKH, k_TKH, v_TKH, page_T, slot_T)
-    checks.check_dtype("k_TKH", k_TKH, (cache["dtype"],))
-    _check_pages(impl, pages, *k_TKH.shape[1:])
+    _check_options(k_TKH, K, cache["dtype"], 1.0, None, None, None, None, kv_scales)
+    _check_pages(impl, pages, K, k_TKH.shape[2])
     _check_places(pages, page_T, slot_T)
-    if impl == "reference":
-        return Pages(*reference.write(k_TKH, v_TKH, *pages, layer, page_T, slot_T))
-    return _kernel(impl).write(k_TKH, v_TKH, pages, layer, page_T, slot_T, None)
+    if impl == "reference" and isinstance(pages, Pages):  # _check_pages saw to that
+        return Pages(*reference.write(k_TKH, v_TKH, *pages, layer, page_T, slot_T, kv_scales))
+    return _kernel(impl).write(k_TKH, v_TKH, pages, layer, page_T, slot_T, kv_scales)
 
 
 def attend(

@@ -6,6 +6,7 @@ G = N/K   H head_dim   L layers   P pages in the pool   S tokens per page   M pa
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -48,3 +49,28 @@ class Scales(NamedTuple):
 
     k_K: Float[Array, " K"]
     v_K: Float[Array, " K"]
+
+
+def in_parts(ragged: Ragged, tokens: int, parts: int) -> Ragged:
+    """`ragged` as each of `parts` equal parts of the step's `tokens` sees it, along a new first
+    axis: the rows that have tokens there, and of a row that goes on after the part what comes
+    before its end, which the cache must hold where the part's own keys and values do not."""
+    size, R = tokens // parts, ragged.kv_len_R.shape[0]
+    i = jnp.arange(min(R, size) + 1)  # a part has no more rows than tokens
+
+    def part(first):
+        skipped = (ragged.start_R[1:] <= first).sum(dtype=jnp.int32)  # rows before it
+        start_r = ragged.start_R[jnp.minimum(skipped + i, R)]
+        row_r = jnp.minimum(skipped + i[:-1], R - 1)
+        later_r = jnp.maximum(start_r[1:] - (first + size), 0)
+        is_here_r = (start_r[:-1] < first + size) & (skipped + i[:-1] < R)
+        of_part = lambda count: jnp.clip(count - skipped, 0, len(i) - 1)
+        return Ragged(
+            ragged.pages_RM[row_r],
+            jnp.where(is_here_r, ragged.kv_len_R[row_r] - later_r, 0),
+            jnp.clip(start_r - first, 0, size),
+            of_part(ragged.num_decodes),
+            of_part(ragged.num_rows),
+        )
+
+    return jax.vmap(part)(jnp.arange(parts, dtype=jnp.int32) * size)

@@ -48,7 +48,7 @@ def refuse(
     if distance_bias:
         return "it adds no bias by distance (distance_bias_NX), as the reference does"
     if apart:
-        return "it writes keys and values as it attends to them, and neither alone"
+        return "it attends to keys and values as it writes them, and not to others alone"
     if page_size < 8 or page_size & (page_size - 1):
         return f"page_size is {page_size}; it must be a power of two from 8"
     if head_dim > MAX_HEAD_DIM:
@@ -100,6 +100,17 @@ def program(
 def prefill_of(decode: Program) -> Program:
     """The same call's, before its tiles are chosen."""
     return decode._replace(tiles=decode.tiles._replace(queries=16))
+
+
+def write(
+    k_TKH, v_TKH, pages: PackedPages, layer, page_T, slot_T, kv_scales: Scales | None
+) -> PackedPages:
+    """By XLA's scatter: a kernel's copies are worth it where they hide behind attention."""
+    cache = pages.kv_LPSCpH
+    how = packing(k_TKH.shape[1], k_TKH.shape[2], cache.dtype)
+    new_TCpH = layout.pack_kv(*stored(k_TKH, v_TKH, cache.dtype, kv_scales), how)
+    put = cache.at[layer, page_T, slot_T]
+    return PackedPages(put.set(new_TCpH, mode="promise_in_bounds", unique_indices=True))
 
 
 def write_and_attend(

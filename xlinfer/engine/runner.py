@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from xlinfer.compile import Executables
 from xlinfer.engine.batch import Batcher
@@ -14,7 +14,7 @@ from xlinfer.engine.slots import output_counts, recent_tokens, slot_params
 from xlinfer.kvcache import Cache
 from xlinfer.plan import Plan
 from xlinfer.programs import Sampled, pack
-from xlinfer.sampling import Logprobs, Wanted, empty_slots
+from xlinfer.sampling import Logprobs, Wanted, empty_slots, slot_places
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +53,8 @@ class Runner:
         # from a thread of its own, which aborts a process that is ending.
         self._copies = mesh.devices.flat[0].platform != "cpu"
         self._kv: Cache = executables.allocate()
-        whole = NamedSharding(mesh, PartitionSpec())
-        self._slots = jax.device_put(empty_slots(plan.max_num_seqs + 1, vocab_size), whole)
+        empty = empty_slots(plan.max_num_seqs + 1, vocab_size)
+        self._slots = jax.device_put(empty, slot_places(mesh, vocab_size))
         # Single-token rows have a cheaper path through attention, with other roundings; a plan
         # without decode programs wants one path for all.
         self._batcher = Batcher(plan, decode_rows_apart=plan.decode_window > 0)

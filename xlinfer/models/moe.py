@@ -61,7 +61,7 @@ class MoE(nnx.Module):
 
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         x_TD = x_BTD.reshape(-1, x_BTD.shape[-1])
-        y_TD = self.experts(x_TD, self.route(x_TD))
+        y_TD = self.experts(x_TD, self._routed(x_TD))
         y_BTD = y_TD.reshape(x_BTD.shape)
         if self.moe.shared_intermediate_size is None:
             return y_BTD
@@ -69,6 +69,15 @@ class MoE(nnx.Module):
         if self.moe.shared_gate:
             shared_BTD *= jax.nn.sigmoid(x_BTD @ self.shared_gate_D1[...])
         return y_BTD + shared_BTD
+
+    def _routed(self, x_TD: Float[Array, "T D"]) -> Choice:
+        """`route`, of each device's own tokens: XLA does not split every top_k."""
+        if self.mesh is None or (tokens := split(self.mesh, "tokens", x_TD.shape[0])) is None:
+            return self.route(x_TD)
+        own = PartitionSpec(tokens)
+        return jax.shard_map(
+            self.route, mesh=self.mesh, in_specs=own, out_specs=own, check_vma=False
+        )(x_TD)
 
     def route(self, x_TD: Float[Array, "T D"]) -> Choice:
         """In float32: where two experts score nearly alike, bf16 would choose by rounding."""
