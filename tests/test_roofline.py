@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from xlinfer.plan.collectives import Layers, collectives
 from xlinfer.plan.roofline import (
     Rates,
     Work,
@@ -17,11 +18,10 @@ from xlinfer.plan.roofline import (
 
 RATES = Rates(memory=1e9, products=1e12, attention=5e11, link=1e8)
 DENSE = Work(
-    devices=1, layer_bytes=1000, head_bytes=100, layer_flops=2000, head_flops=200, num_experts=0,
-    expert_devices=1,
-    experts_per_token=0, expert_bytes=0, expert_flops=0, windows=(None, 4),
-    attention_chunk_sizes=(None, None), kv_bytes=8.0, pair_flops=16, hidden_bytes=10,
-    all_reduces=5, vocab_size=50,
+    devices=1, parts=1, layer_bytes=1000, head_bytes=100, layer_flops=2000, head_flops=200,
+    num_experts=0, expert_devices=1, experts_per_token=0, expert_bytes=0, expert_flops=0,
+    windows=(None, 4), attention_chunk_sizes=(None, None), kv_bytes=8.0, pair_flops=16,
+    hidden_bytes=10, collectives=(), vocab_size=50,
 )  # fmt: skip
 MOE = replace(
     DENSE,
@@ -65,10 +65,31 @@ def test_a_decode_step_reads_the_weights_once_and_each_sequences_window():
     assert step.seconds == step.memory_s and step.limit == "memory"
 
 
-def test_devices_exchange_sums_and_logits():
-    step = decode_step(replace(DENSE, devices=4), RATES, batch=3, context=10)
-    assert step.link_bytes == pytest.approx(5 * 3 * 10 * 2 * 3 / 4 + 3 * 50 * 4 * 3 / 4)
+LAYERS = Layers(
+    attention=2, cross_attention=0, mlp=2, experts=0, gated_experts=0, norms_of_heads=0,
+    hidden_bytes=10, kept_bytes=(6, 6),
+)  # fmt: skip
+
+
+def test_devices_exchange_sums():
+    exchanged = collectives(LAYERS, devices=4, parts=1, embedding_is_split=True)
+    step = decode_step(replace(DENSE, devices=4, collectives=exchanged), RATES, batch=3, context=10)
+    assert step.link_bytes == pytest.approx(5 * 3 * 10 * 2 * 3 / 4)
     assert step.seconds == step.memory_s + step.link_bytes / 1e8
+
+
+def test_parts_of_a_step_exchange_keys_and_values():
+    exchanged = collectives(LAYERS, devices=4, parts=2, embedding_is_split=False)
+    kinds = [(one.kind, one.of, one.times, one.devices) for one in exchanged]
+    assert kinds == [
+        ("all-reduce", "attention", 2, 4), ("all-reduce", "MLP", 2, 4),
+        *[("all-gather", "keys and values", 2, 2)] * 2, ("all-gather", "hidden states", 1, 2),
+    ]  # fmt: skip
+    work = replace(DENSE, devices=4, parts=2, collectives=exchanged)
+    step, whole = (prefill_steps(w, RATES, prompt=8, chunk=8)[0] for w in (work, DENSE))
+    assert step.link_bytes == pytest.approx(4 * 4 * 10 * 2 * 3 / 4 + (4 * 8 * 6 + 8 * 10) / 2)
+    assert step.flops - 200 == (whole.flops - 200) / 2 and step.kv_bytes == whole.kv_bytes
+    assert collectives(LAYERS, devices=1, parts=1, embedding_is_split=False) == ()
 
 
 def test_experts_are_read_as_far_as_they_are_expected_to_be_chosen():
@@ -101,6 +122,7 @@ def test_the_limit_is_what_takes_longest():
     slow = {"memory": 1.0, "products": 1.0, "link": 1.0}
     for name, limit in (("memory", "memory"), ("products", "compute"), ("link", "link")):
         rates = replace(RATES, **{other: 1e15 for other in slow if other != name}, **{name: 1.0})
-        work = replace(DENSE, devices=2)
+        exchanged = collectives(LAYERS, devices=2, parts=1, embedding_is_split=True)
+        work = replace(DENSE, devices=2, collectives=exchanged)
         assert decode_step(work, rates, batch=1, context=1).limit == limit
         assert limit_of(prefill_steps(work, rates, prompt=9, chunk=4)) == limit

@@ -56,6 +56,15 @@ def test_programs_must_hold_kernels_alias_their_cache_and_copy_no_weights():
     assert "6 bytes of temporaries, at most 5" in aot.faults(job, good | {"temp_bytes": 6})[0]
 
 
+def test_devices_must_exchange_what_is_planned():
+    job = aot.Job(aot.COLLECTIVES, "dense", "-", "v6e")
+    good = {"spilled": 0, "registers": None, "planned": [["all-reduce", 8, 8, 1, 2]]}
+    assert aot.faults(job, good | {"found": good["planned"]}) == []
+    (fault,) = aot.faults(job, good | {"found": [["all-reduce", 8, 8, 1, 3]]})
+    assert "XLA made [['all-reduce', 8, 8, 1, 3]]" in fault
+    assert aot.jobs([aot.COLLECTIVES], ["v5p"], "dense", fast=False) == []
+
+
 def answering(monkeypatch, returncode: int, stdout: str, stderr: str = ""):
     done = subprocess.CompletedProcess([], returncode, stdout, stderr)
     monkeypatch.setattr(aot.subprocess, "run", lambda *a, **k: done)

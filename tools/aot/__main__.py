@@ -4,8 +4,9 @@ For each op, case and device, in a process of its own: it compiles, no register 
 and VMEM is enough (the TPU compiler refuses otherwise), no dequantised copy of the weights is
 among the temporaries, and a TPU kernel's cost estimate is the work that the case needs. The
 engine's own programs for Llama 3 8B hold kernels, alias their cache and copy no weights; the
-model's own forward holds kernels and no square of logits; and what writes a checkpoint's tensors
-into the parameters aliases these, and holds less than a layer beside them.
+model's own forward holds kernels and no square of logits. What writes a checkpoint's tensors into
+the parameters aliases these, and holds less than a layer beside them. What devices of a slice
+exchange is what is planned.
 """
 
 import argparse
@@ -24,12 +25,14 @@ from typing import Any, NamedTuple
 
 from pallas_kernels.cases import OPS
 from pallas_kernels.devices import DEVICES, GPUS, TPUS
+from tools.aot.collectives import CASES
 from tools.aot.load import KINDS
 from tools.aot.programs import PROGRAMS
 
 COMPILERS = Path(sys.prefix) / "compilers"  # where ./run puts them
 ENGINE = "engine"  # not an op: its programs for Llama 3 8B, tools/aot/programs.py
 LOAD = "load"  # its checkpoint into the parameters, tools/aot/load.py
+COLLECTIVES = "collectives"  # nor is this: what devices of a slice exchange, collectives.py
 TIMEOUT_S = 300
 # A kernel's estimate may count whole tiles where the work counts what is used of them, and
 # quantizing the activations where the work counts the product alone.
@@ -69,6 +72,15 @@ def jobs(ops: Sequence[str], devices: Sequence[str], case: str | None, fast: boo
             some = list(KINDS)[:1] if fast else list(KINDS)
             found += [Job(LOAD, k, "xla", d) for d in devices for k in some if case in (None, k)]
             continue
+        if op == COLLECTIVES:
+            chosen = list(CASES)[:1] if fast else CASES
+            slices = [(name, CASES[name].target.partition("-")[0]) for name in chosen]
+            found += [
+                Job(COLLECTIVES, name, "-", device)
+                for name, device in slices
+                if device in devices and case in (None, name)
+            ]
+            continue
         cases = importlib.import_module(f"pallas_kernels.{op}.cases")
         for name in devices:
             device = DEVICES[name]
@@ -97,6 +109,8 @@ def run(job: Job) -> Outcome:
         command = ["tools.aot.programs", program, bucket, job.impl, job.device]
     elif job.op == LOAD:
         command = ["tools.aot.load", job.case, job.device]
+    elif job.op == COLLECTIVES:
+        command = ["tools.aot.collectives", job.case]
     else:
         command = ["tools.aot.one", *job]
     try:
@@ -133,6 +147,10 @@ def faults(job: Job, report: dict[str, Any]) -> list[str]:
     if job.op == LOAD:
         if report["copied_bytes"]:
             found.append(f"{report['copied_bytes']} bytes of a parameter are copied at every write")
+        return found
+    if job.op == COLLECTIVES:
+        if report["planned"] != report["found"]:
+            found.append(f"planned {report['planned']}, but XLA made {report['found']}")
         return found
     if job.op == ENGINE:
         if report["kernels"] == 0:
@@ -180,7 +198,10 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
         prog="./run aot", description="Compile the kernels for devices that are not here."
     )
     parser.add_argument(
-        "--op", action="append", choices=(*OPS, ENGINE, LOAD), help="only this; repeatable"
+        "--op",
+        action="append",
+        choices=(*OPS, ENGINE, LOAD, COLLECTIVES),
+        help="only this; repeatable",
     )
     parser.add_argument("--device", action="append", choices=names, help="only for this device")
     parser.add_argument("--case", help="only the case of this name")
@@ -188,7 +209,8 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write the reports here")
     parser.add_argument("--verbose", action="store_true", help="print a failed compile's output")
     args = parser.parse_args(argv)
-    args.op, args.device = args.op or [*OPS, ENGINE, LOAD], args.device or names
+    every = [*OPS, ENGINE, LOAD, COLLECTIVES]
+    args.op, args.device = args.op or every, args.device or names
     return args
 
 

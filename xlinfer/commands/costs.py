@@ -8,7 +8,8 @@ import jax.numpy as jnp
 
 from xlinfer.config import ModelConfig
 from xlinfer.deployment import Deployment, Facts, bytes_on_one
-from xlinfer.mesh import ways
+from xlinfer.mesh import split, ways
+from xlinfer.plan.collectives import Collective, Layers, collectives
 from xlinfer.plan.roofline import Rates, Work
 from xlinfer.target import Chip
 
@@ -44,6 +45,7 @@ def work_of(deployment: Deployment, config: ModelConfig) -> Work:
     crosses = 2 if facts.has_encoder else 1  # attentions of a layer: to a prompt as long, too
     return Work(
         devices=n,
+        parts=ways(mesh, "tokens"),
         layer_bytes=layer_bytes,
         head_bytes=head_bytes,
         layer_flops=layer_flops,
@@ -59,9 +61,36 @@ def work_of(deployment: Deployment, config: ModelConfig) -> Work:
         * (deployment.memory.page_bytes / deployment.spec.page_size / facts.num_layers),
         pair_flops=crosses * _pair_flops(facts) // n,
         hidden_bytes=config.hidden_size * itemsize,
-        # After each attention and after the MLP of each layer, and of the embedding's rows.
-        all_reduces=(crosses + 1) * facts.num_layers + 1,
-        vocab_size=facts.vocab_size,
+        collectives=collectives_of(deployment, config),
+        vocab_size=facts.vocab_size // (n if split(mesh, "vocab", facts.vocab_size) else 1),
+    )
+
+
+def collectives_of(deployment: Deployment, config: ModelConfig) -> tuple[Collective, ...]:
+    """Of a step of `forward` or `decode`."""
+    mesh, facts = deployment.programs.mesh, deployment.facts
+    itemsize, n = jnp.dtype(deployment.dtype).itemsize, ways(mesh, "heads")
+    if (latents := facts.latents) is not None:
+        kept = (latents.latent_dim, latents.rope_dim)
+    else:
+        kept = (facts.num_kv_heads // n * facts.head_dim,) * 2
+    experts = sum(kind.experts for kind in config.kinds)
+    # The sums of the experts and of the one that all tokens pass are one, but for a gate behind it.
+    shared = config.moe is not None and config.moe.shared_gate
+    return collectives(
+        Layers(
+            attention=facts.num_layers,
+            cross_attention=facts.num_layers if facts.has_encoder else 0,
+            mlp=facts.num_layers - experts,
+            experts=experts,
+            gated_experts=experts if shared else 0,
+            norms_of_heads=2 if config.qk_norm == "all" else 0,
+            hidden_bytes=config.hidden_size * itemsize,
+            kept_bytes=tuple(size * itemsize for size in kept),
+        ),
+        devices=n,
+        parts=ways(mesh, "tokens"),
+        embedding_is_split=split(mesh, "vocab", facts.vocab_size) is not None,
     )
 
 

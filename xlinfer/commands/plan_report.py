@@ -18,6 +18,7 @@ from converters.quantization import KEYS
 from xlinfer.commands.changes import Change
 from xlinfer.commands.sizing import Planned, Wish
 from xlinfer.deployment import activation_bytes, bytes_on_one, sampler_bytes
+from xlinfer.plan.collectives import Collective
 from xlinfer.plan.roofline import (
     Step,
     decode_step,
@@ -55,6 +56,7 @@ def report(
         "memory": _memory(planned),
         "kv_cache": _kv_cache(planned, context),
         "programs": _programs(planned),
+        "collectives": [_collective(one, planned) for one in planned.work.collectives],
         "weights": _weights(planned),
         "decode": [_decode(planned, batch, context) for batch in BATCHES] if fits else [],
         # What an encoder does with a prompt is not counted.
@@ -167,6 +169,18 @@ def _programs(planned: Planned) -> dict[str, Any]:
         # Beside the buckets': sample, score, admit, allocate.
         "count": buckets + 4,
         "attention_impl": planned.deployment.spec.impl,
+    }
+
+
+def _collective(one: Collective, planned: Planned) -> dict[str, Any]:
+    """Bytes are of one of them: the result's, on each device."""
+    return {
+        "kind": one.kind,
+        "of": one.of,
+        "devices": one.devices,
+        "layers": one.layers,
+        "token_bytes": one.token_bytes / one.parts,
+        "largest_step_bytes": one.result_bytes(planned.deployment.plan.max_num_batched_tokens),
     }
 
 
@@ -288,8 +302,8 @@ def _notes(planned: Planned) -> list[str]:
     if planned.fit.fits:
         notes.append(
             "Rates are bounds, not forecasts: data-sheet peaks; memory and arithmetic overlap each "
-            "other; what goes between devices (two all-reduces a layer, all logits to each) "
-            "overlaps neither; starting programs and transfers takes no time"
+            "other; what goes between devices overlaps neither; starting programs and transfers "
+            "takes no time"
             + ("; experts are chosen with equal chances." if planned.work.num_experts else ".")
         )
     if planned.deployment.facts.has_encoder:

@@ -10,7 +10,8 @@ WIDTH = 100
 def as_text(made: dict[str, Any]) -> str:
     parts = [_head(made), _memory(made)]
     if made["fits"]:
-        parts += [_kv_cache(made), _programs(made), _weights(made), _decode(made)]
+        parts += [_kv_cache(made), _programs(made), _weights(made)]
+        parts += [*([_collectives(made)] if made["collectives"] else []), _decode(made)]
         parts += [*([_prefill(made)] if made["prefill"] else []), _load(made)]
     else:
         parts += [_changes(made)]
@@ -120,6 +121,20 @@ def _weights(made: dict[str, Any]) -> str:
     if size > 1:
         title += f"; n/m: that axis is divided among m of the {size} devices"
     return f"{title}\n" + _table(("", "shape", "dtype", "MiB a device"), rows, left=3)
+
+
+def _collectives(made: dict[str, Any]) -> str:
+    tokens = made["programs"]["max_num_batched_tokens"]
+    rows = [
+        (
+            f"{one['kind']} of {one['of']}",
+            "once a step" if one["layers"] is None else f"once in {one['layers']} layers",
+            str(one["devices"]), f"{one['token_bytes']:,.4g}", _mib(one["largest_step_bytes"]),
+        )
+        for one in made["collectives"]
+    ]  # fmt: skip
+    columns = ("", "", "devices", "bytes a token", f"MiB of {tokens:,} tokens")
+    return "What devices exchange\n" + _table(columns, rows, left=2)
 
 
 def _decode(made: dict[str, Any]) -> str:

@@ -4,12 +4,14 @@ A bound, not a forecast: every resource runs at its data sheet's peak, device me
 arithmetic overlap, what goes between devices overlaps neither, and starting a program or a
 transfer takes no time. No jax.
 
-L layers   T tokens of a step   n devices that share each layer
+L layers   T tokens of a step
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
+
+from xlinfer.plan.collectives import Collective
 
 LOGIT_BYTES = 4  # float32
 Resource = Literal["memory", "compute", "link"]
@@ -27,9 +29,10 @@ class Rates:
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """What one of the `devices` that share a model reads and computes."""
+    """What one of the `devices` that share each layer reads and computes."""
 
     devices: int
+    parts: int  # of a step's tokens, with so many devices each
     layer_bytes: int  # weights of all layers but experts: read once a step
     head_bytes: int  # read once where tokens are sampled; the embedding is read by row
     layer_flops: int  # of a token in all layers, experts and attention apart
@@ -45,8 +48,8 @@ class Work:
     kv_bytes: float  # of a token in one layer: this device's heads
     pair_flops: int  # of a query and a key in one layer: this device's heads
     hidden_bytes: int  # of a token
-    all_reduces: int  # of a token's hidden state, in one step
-    vocab_size: int
+    collectives: tuple[Collective, ...]
+    vocab_size: int  # this device's part of it
 
     @property
     def reaches(self) -> tuple[tuple[int | None, int | None], ...]:
@@ -83,7 +86,7 @@ def decode_step(work: Work, rates: Rates, *, batch: int, context: int) -> Step:
     seen = sum(pairs(context - 1, context, *reach) for reach in work.reaches)
     return _step(
         work, rates, tokens=batch, sampled=batch, pairs=batch * seen,
-        kv_tokens=batch * (seen + len(work.windows)),
+        kv_tokens=-(-batch // work.parts) * seen + batch * len(work.windows),
     )  # fmt: skip
 
 
@@ -141,26 +144,24 @@ def distinct_experts(work: Work, tokens: int) -> float:
 def _step(
     work: Work, rates: Rates, *, tokens: int, sampled: int, pairs: int, kv_tokens: int
 ) -> Step:
-    """`pairs` and `kv_tokens` (read or written) are summed over layers."""
-    n = work.devices
+    """`pairs` are of all parts, `kv_tokens` what one reads or writes; both summed over layers."""
+    own = tokens / work.parts
     weights = (
         work.layer_bytes
         + work.head_bytes * (sampled > 0)
-        + work.expert_bytes * distinct_experts(work, tokens)
-        + tokens * work.hidden_bytes  # rows of the embedding
+        + work.expert_bytes * distinct_experts(work, -(-tokens // work.parts))
+        + own * work.hidden_bytes  # rows of the embedding
     )
     kv = kv_tokens * work.kv_bytes
-    # Every device samples: it writes all logits and reads them, and gets what others computed.
+    # Every device samples from its part of the vocabulary, whose logits it writes and reads.
     logits = sampled * work.vocab_size * LOGIT_BYTES
-    # A ring sends each part around once to add and once to spread.
-    reduced = work.all_reduces * tokens * work.hidden_bytes * 2 * (n - 1) / n
-    link = reduced + logits * (n - 1) / n
+    link = sum(one.sent_bytes(tokens) for one in work.collectives)
     products = (
-        tokens * work.layer_flops
+        own * work.layer_flops
         + sampled * work.head_flops
-        + tokens * work.experts_per_token / work.expert_devices * work.expert_flops
+        + own * work.experts_per_token / work.expert_devices * work.expert_flops
     )
-    attention = pairs * work.pair_flops
+    attention = pairs / work.parts * work.pair_flops
     return Step(
         weight_bytes=weights, kv_bytes=kv, logit_bytes=2 * logits, link_bytes=link,
         flops=products + attention,
