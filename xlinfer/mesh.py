@@ -131,6 +131,15 @@ def device_of(mesh: Mesh) -> Device:
     return device_of_kind(mesh.devices.flat[0].device_kind)
 
 
+def on_mesh(host: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """`host`, which is the same in every process of the mesh, where `sharding` says. A process
+    moves what its own devices hold and asks the others nothing: `device_put` would have them
+    compare all of it."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(host, sharding)
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+
 def sharding(mesh: AnyMesh, axes: Sequence[str | None], shape: Sequence[int]) -> NamedSharding:
     """How an array of `shape` whose axes are named `axes` lies on `mesh`; None is never split.
 

@@ -30,7 +30,7 @@ from converters.packed import EXPERTS, IN, OUT, WHOLE, array_rule
 from converters.rules import STACKED
 from pallas_kernels.devices import DEVICES
 from xlinfer.forms import FP8_BLOCK, Form
-from xlinfer.mesh import sharding, split, ways
+from xlinfer.mesh import on_mesh, sharding, split, ways
 from xlinfer.quant import ARRAYS, QTensor, array_axes, dequantize
 from xlinfer.quantize import ROUNDED
 from xlinfer.unpack import Unpacked, unpack
@@ -95,9 +95,11 @@ def loaded(array: jax.Array, target: jax.ShapeDtypeStruct) -> jax.Array:
     """`array`, which is used up, in the dtype that it is to have."""
     if array.dtype == target.dtype:
         return array
-    whole = np.asarray(array)
+    here = [(np.asarray(shard.data), shard.device) for shard in array.addressable_shards]
+    lies = array.sharding
     array.delete()
-    return jax.device_put(whole.astype(target.dtype), target.sharding)
+    cast = [jax.device_put(x.astype(target.dtype), device) for x, device in here]
+    return jax.make_array_from_single_device_arrays(target.shape, lies, cast)
 
 
 class Write(NamedTuple):
@@ -116,7 +118,7 @@ Move = Callable[[np.ndarray, NamedSharding], Any]  # from the host to the device
 
 def place(step: Step, parameter: jax.Array, lies: NamedSharding, mesh: Mesh) -> jax.Array:
     """`parameter` with the step's tensor in it; `parameter` itself is used up."""
-    return write(step, parameter, lies, mesh, jax.device_put).run()
+    return write(step, parameter, lies, mesh, on_mesh).run()
 
 
 def write(step: Step, parameter: Any, lies: NamedSharding, mesh: Mesh, move: Move) -> Write:
@@ -224,7 +226,7 @@ def place_packed(
     """`place` for a matrix of a quantized format; `target` is the QTensor, or array, of
     ShapeDtypeStructs that `parameter` is to be. `orders` are those of the inputs so far, by their
     places. Raises CheckpointError where one place gets two."""
-    done = write_packed(step, parameter, target, mesh, orders, jax.device_put).run()
+    done = write_packed(step, parameter, target, mesh, orders, on_mesh).run()
     return replace(parameter, **done) if isinstance(parameter, QTensor) else done
 
 

@@ -111,7 +111,7 @@ def test_neighbours_change_no_bits():
 def test_the_programs_are_the_plans_and_nothing_compiles_later():
     engine = Engine(load_model(GOLDENS / "bart"), **ROOMY)
     assert engine.plan.encode_buckets == (32, 64)
-    assert set(engine._runner._run.encode) == {32, 64}
+    assert set(engine._executor._run.encode) == {32, 64}
     compiles: list[str] = []
 
     def listener(event: str, duration_secs: float, **_: str | int) -> None:

@@ -128,7 +128,7 @@ def test_devices_keep_their_own_heads(devices):
     model = load_model(GOLDENS / "llama", mesh=mesh)
     engine = Engine(model, mesh=mesh, **TIGHT, kv_cache_dtype="fp8")
     same(answer(engine, prompt), emulated(load_model(GOLDENS / "llama"), prompt))
-    kv = jax.tree.leaves(engine._runner._kv)[0]
+    kv = jax.tree.leaves(engine._executor._kv)[0]
     assert kv.dtype == jnp.float8_e4m3fn
     assert kv.sharding.shard_shape(kv.shape)[2] == kv.shape[2] // devices
 

@@ -89,7 +89,7 @@ PROMPT = [7, 3, 9, 21, 4, 4, 30, 2, 11, 40, 13, 1, 8, 49, 5, 5, 6, 17, 0, 25]
 def test_it_is_served_as_it_is(net, engine):
     assert generate(engine, PROMPT, 30) == naive(net, PROMPT, 30)
     mine = jax.tree.leaves(nnx.state(net))
-    theirs = engine._runner.params
+    theirs = engine._executor.params
     where = lambda arrays: {a.unsafe_buffer_pointer() for a in arrays}
     assert where(theirs) == where(mine), "the arrays were copied"
 
@@ -161,4 +161,4 @@ def test_arrays_stay_where_they_are_sharded(net):
     spread = nnx.merge(graph, jax.device_put(state, whole))
     engine = Engine(spread, max_num_seqs=2, max_num_batched_tokens=16, page_size=4)
     assert generate(engine, PROMPT, 10) == naive(net, PROMPT, 10)
-    assert np.all([p.sharding == whole for p in engine._runner.params])
+    assert np.all([p.sharding == whole for p in engine._executor.params])

@@ -60,7 +60,7 @@ def test_tokens_and_log_probabilities(family, devices):
         expected = all_logprobs[i, np.arange(31), prompt[1:]]
         np.testing.assert_allclose(scores[str(i)], expected, atol=ATOL)
 
-    kv = jax.tree.leaves(engine._runner._kv)[0]
+    kv = jax.tree.leaves(engine._executor._kv)[0]
     if model.latents is None:
         assert kv.sharding.shard_shape(kv.shape)[2] == kv.shape[2] // devices, "the cache is split"
         return

@@ -37,7 +37,8 @@ from xlinfer.compile.artifact import (
 from xlinfer.compile.executable import ExecutableError
 from xlinfer.compile.store import Store
 from xlinfer.deployment import Sizes, paths_of
-from xlinfer.engine.engine import Engine, Ready
+from xlinfer.engine.engine import Engine
+from xlinfer.engine.ready import Ready
 from xlinfer.mesh import make_mesh
 from xlinfer.plan import PlanError
 from xlinfer.request import Request, SamplingParams

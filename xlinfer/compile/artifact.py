@@ -213,7 +213,7 @@ def open_artifact(directory: str | Path, devices: Sequence[Any]) -> Opened:
         raise ArtifactError(f"{path / MANIFEST} is damaged: {error!r}") from None
 
 
-def on_mesh(opened: Opened, mesh: Mesh) -> Opened:
+def moved(opened: Opened, mesh: Mesh) -> Opened:
     """The same for other devices of the kind."""
     params = tuple(decode_array(p, mesh) for p in opened.manifest["parameters"])
     return replace(opened, mesh=mesh, params=params)

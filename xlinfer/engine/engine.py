@@ -8,49 +8,29 @@ import logging
 import weakref
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
-from pallas_kernels.devices import Impl, device_of_kind
-from xlinfer.compile import Executables, compile_all
 from xlinfer.compile.store import Store
-from xlinfer.deployment import Sizes, deploy, facts_of, paths_of
+from xlinfer.deployment import Sizes, paths_of
 from xlinfer.engine.outputs import Outputs
 from xlinfer.engine.pages import PagePool
+from xlinfer.engine.ready import Ready, make_ready
 from xlinfer.engine.runner import InFlight, Runner
 from xlinfer.engine.scheduler import Scheduler
 from xlinfer.engine.sequence import Sequence
 from xlinfer.engine.slots import check_request, stop_ids
+from xlinfer.engine.worker import Executor, Worker
 from xlinfer.kvcache import FP8
-from xlinfer.mesh import device_of, make_mesh
-from xlinfer.plan import Plan
 from xlinfer.progress import Progress
 from xlinfer.request import EngineStats, InvalidRequest, Request, TokenOutput
-from xlinfer.target import CHIPS
 
 STEPS_IN_FLIGHT = 2  # one runs while the next is scheduled
 logger = logging.getLogger("xlinfer.engine")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Ready:
-    """What an engine runs: parameters in place, programs compiled for them."""
-
-    params: tuple[jax.Array, ...]
-    paths: tuple[str, ...]  # of the parameters, in the model's state
-    executables: Executables
-    plan: Plan
-    mesh: Mesh
-    vocab_size: int
-    attention_impl: Impl
-    kv_cache_dtype: str
-    kv_scales: bool  # among the parameters
 
 
 class Engine:
@@ -102,52 +82,43 @@ class Engine:
         kept: Store | None = None,
         progress: Progress | None = None,
     ):
-        facts = facts_of(model)
-        graph, state = nnx.split(model)
-        params = tuple(jax.tree.leaves(state))
-        mesh = mesh or _mesh_of(params)
-        device_bytes, held_bytes = _memory_of(mesh.devices.flat[0])
-        deployment = deploy(
-            graph, state, facts, mesh=mesh, device=device_of(mesh),
-            device_bytes=device_bytes, held_bytes=held_bytes,
-            sizes=Sizes(
-                max_model_len=max_model_len, max_num_seqs=max_num_seqs,
-                max_num_batched_tokens=max_num_batched_tokens, page_size=page_size,
-                num_pages=num_pages, hbm_utilization=hbm_utilization,
-                decode_window=decode_window, deterministic=deterministic,
-                attention_impl=attention_impl, kv_cache_dtype=kv_cache_dtype,
-                max_logprobs=max_logprobs,
-            ),
+        sizes = Sizes(
+            max_model_len=max_model_len, max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens, page_size=page_size,
+            num_pages=num_pages, hbm_utilization=hbm_utilization,
+            decode_window=decode_window, deterministic=deterministic,
+            attention_impl=attention_impl, kv_cache_dtype=kv_cache_dtype,
+            max_logprobs=max_logprobs,
         )  # fmt: skip
-        compiled = Ready(
-            params=params,
-            paths=deployment.paths,
-            executables=compile_all(deployment, kept, progress, logger.info),
-            plan=deployment.plan,
-            mesh=mesh,
-            vocab_size=facts.vocab_size,
-            attention_impl=deployment.spec.impl,
-            kv_cache_dtype=jnp.dtype(deployment.spec.dtype).name,
-            kv_scales=facts.kv_scales,
-        )
-        self._start(compiled, enable_prefix_caching, seed)
+        ready = make_ready(model, sizes, mesh=mesh, kept=kept, progress=progress)
+        self._start(ready, Worker(ready), enable_prefix_caching, seed)
 
     @classmethod
-    def of(cls, ready: Ready, *, enable_prefix_caching: bool = True, seed: int = 0) -> "Engine":
-        """Of programs that are compiled already: an artifact's."""
+    def of(
+        cls,
+        ready: Ready,
+        *,
+        executor: Executor | None = None,
+        enable_prefix_caching: bool = True,
+        seed: int = 0,
+    ) -> "Engine":
+        """Of programs that are compiled already. `executor` runs them; by default a Worker on the
+        devices of this host."""
         engine = cls.__new__(cls)
-        engine._start(ready, enable_prefix_caching, seed)
+        engine._start(ready, executor or Worker(ready), enable_prefix_caching, seed)
         return engine
 
-    def _start(self, ready: Ready, enable_prefix_caching: bool, seed: int) -> None:
+    def _start(
+        self, ready: Ready, executor: Executor, enable_prefix_caching: bool, seed: int
+    ) -> None:
         self.plan, self.vocab_size = ready.plan, ready.vocab_size
         self.attention_impl, self.kv_cache_dtype = ready.attention_impl, ready.kv_cache_dtype
         _tell_of_cache(ready)
-        self._paths = ready.paths
+        self._paths, self._executor = ready.paths, executor
+        platform = ready.mesh.devices.flat[0].platform
         self._runner = Runner(
-            ready.params, ready.executables, self.plan, ready.mesh,
-            vocab_size=self.vocab_size, seed=seed,
-        )  # fmt: skip
+            executor, self.plan, platform=platform, vocab_size=self.vocab_size, seed=seed
+        )
         self._scheduler = Scheduler(
             self.plan, PagePool(self.plan.num_pages), enable_prefix_caching=enable_prefix_caching
         )
@@ -241,7 +212,7 @@ class Engine:
         leaves = jax.tree.leaves(params)
         if paths_of(params) != self._paths:
             raise ValueError("The new parameters have another structure than the model's.")
-        for path, new, old in zip(self._paths, leaves, self._runner.params, strict=True):
+        for path, new, old in zip(self._paths, leaves, self._executor.params, strict=True):
             if new.shape != old.shape or new.dtype != old.dtype:
                 raise ValueError(
                     f"{path} is {new.dtype}{list(new.shape)}, the model's is "
@@ -250,9 +221,11 @@ class Engine:
         while self._in_flight:
             self._receive(self._in_flight.popleft())
         self._scheduler.restart_all()
-        self._runner.params = tuple(
-            jax.device_put(new, old.sharding)
-            for new, old in zip(leaves, self._runner.params, strict=True)
+        self._executor.replace_params(
+            tuple(
+                jax.device_put(new, old.sharding)
+                for new, old in zip(leaves, self._executor.params, strict=True)
+            )
         )
 
     def reset_prefix_cache(self) -> None:
@@ -286,19 +259,3 @@ def _tell_of_cache(ready: Ready) -> None:
 def _finish(in_flight: deque[InFlight]) -> None:
     while in_flight:
         in_flight.popleft().fetch()
-
-
-def _mesh_of(params: tuple[jax.Array, ...]) -> Mesh:
-    sharding = params[0].sharding
-    if isinstance(sharding, NamedSharding):
-        return sharding.mesh  # type: ignore[return-value]
-    return make_mesh(1, devices=sorted(sharding.device_set, key=lambda d: d.id)[:1])
-
-
-def _memory_of(device: Any) -> tuple[int, int]:
-    """Bytes of `device`, and of those in use; a CPU's memory is not counted."""
-    if device.platform == "cpu":
-        return 0, 0
-    if facts := device.memory_stats():
-        return facts["bytes_limit"], facts["bytes_in_use"]
-    return CHIPS[device_of_kind(device.device_kind).name].memory_bytes, 0

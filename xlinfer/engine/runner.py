@@ -1,20 +1,18 @@
-"""Puts scheduled steps on the device and brings their results back, one step behind."""
+"""Turns scheduled steps into calls and brings their results back, one step behind."""
 
 from dataclasses import dataclass
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
-from xlinfer.compile import Executables
 from xlinfer.engine.batch import Batcher
 from xlinfer.engine.scheduler import Decode, Forward, Step
 from xlinfer.engine.sequence import Sequence
 from xlinfer.engine.slots import output_counts, recent_tokens, slot_params
-from xlinfer.kvcache import Cache
+from xlinfer.engine.worker import Call, Executor
 from xlinfer.plan import Plan
 from xlinfer.programs import Sampled, pack
-from xlinfer.sampling import Logprobs, Wanted, empty_slots, slot_places
+from xlinfer.sampling import Logprobs, Wanted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,26 +33,15 @@ class InFlight:
 
 
 class Runner:
-    """Owns everything that lives on the device: parameters, cache and slots."""
+    """Fills in what each step's programs take, and has `executor` run them."""
 
     def __init__(
-        self,
-        params: tuple[jax.Array, ...],
-        executables: Executables,
-        plan: Plan,
-        mesh: Mesh,
-        *,
-        vocab_size: int,
-        seed: int,
+        self, executor: Executor, plan: Plan, *, platform: str, vocab_size: int, seed: int
     ):
-        self.params = params
-        self._run, self._plan, self._vocab_size = executables, plan, vocab_size
+        self._run, self._plan, self._vocab_size = executor.run, plan, vocab_size
         # On CPU the host reads results where they lie. The copy would have jax call the interpreter
         # from a thread of its own, which aborts a process that is ending.
-        self._copies = mesh.devices.flat[0].platform != "cpu"
-        self._kv: Cache = executables.allocate()
-        empty = empty_slots(plan.max_num_seqs + 1, vocab_size)
-        self._slots = jax.device_put(empty, slot_places(mesh, vocab_size))
+        self._copies = platform != "cpu"
         # Single-token rows have a cheaper path through attention, with other roundings; a plan
         # without decode programs wants one path for all.
         self._batcher = Batcher(plan, decode_rows_apart=plan.decode_window > 0)
@@ -69,23 +56,18 @@ class Runner:
             if chunk.admitted:
                 self._admit(chunk.seq)
         tokens = self._plan.token_bucket(step.num_tokens)
-        packed = pack(self._batcher.forward(step))
-        self._kv, hidden_TD, last_RD = self._run.forward[tokens](
-            self.params, self._kv, self._slots, packed
-        )
+        self._run(Call("forward", tokens, (pack(self._batcher.forward(step)),)))
         sampled = scores = None
         if (sample := self._batcher.sample(step)) is not None:
-            self._slots, sampled = self._run.sample(self.params, self._slots, last_RD, pack(sample))
+            sampled = self._run(Call("sample", 0, (pack(sample),)))
             sampled = _asked(sampled, sample.wanted)
         if (target_T := self._batcher.targets(step)) is not None:
-            scores = self._run.score(self.params, hidden_TD, target_T, np.int32(step.num_tokens))
+            scores = self._run(Call("score", 0, (target_T, np.int32(step.num_tokens))))
         return self._in_flight(step, sampled, scores)
 
     def _decode(self, step: Decode) -> InFlight:
         x = self._batcher.decode(step)
-        self._kv, self._slots, sampled = self._run.decode[len(x.slot_R)](
-            self.params, self._kv, self._slots, pack(x)
-        )
+        sampled = self._run(Call("decode", len(x.slot_R), (pack(x),)))
         return self._in_flight(step, _asked(sampled, x.wanted), None)
 
     def _in_flight(self, step, sampled, scores) -> InFlight:
@@ -99,15 +81,15 @@ class Runner:
         if seq.seed is None:  # kept through preemptions
             seq.seed = int(self._seeds.integers(2**63))
         self._batcher.admit(seq)
-        self._slots = self._run.admit(
-            self._slots, np.int32(seq.held_slot), slot_params(seq, self._vocab_size, seq.seed),
-            np.int32(seq.tokens[-1]), recent_tokens(seq), output_counts(seq, self._vocab_size),
-        )  # fmt: skip
+        vocab_size = self._vocab_size
+        row = slot_params(seq, vocab_size, seq.seed)
+        latest = np.int32(seq.tokens[-1]), recent_tokens(seq), output_counts(seq, vocab_size)
+        self._run(Call("admit", 0, (np.int32(seq.held_slot), row, *latest)))
         if seq.num_encoded:
-            encode = self._run.encode[self._plan.encode_bucket(seq.num_encoded)]
-            self._kv = encode(self.params, self._kv, pack(self._batcher.encode(seq)))
+            bucket = self._plan.encode_bucket(seq.num_encoded)
+            self._run(Call("encode", bucket, (pack(self._batcher.encode(seq)),)))
 
 
-def _asked(sampled: Sampled, wanted: Wanted) -> Sampled:
+def _asked(sampled, wanted: Wanted) -> Sampled:
     """Without the log-probabilities when nobody wants them: they need not travel."""
     return sampled if wanted.logprobs else sampled._replace(logprobs=None)

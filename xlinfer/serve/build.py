@@ -174,9 +174,10 @@ def from_artifact(options: EngineOptions, progress: Progress) -> Built:
     import jax
 
     import converters
-    from xlinfer.compile.artifact import PARAMETERS, load_programs, on_mesh, open_artifact
+    from xlinfer.compile.artifact import PARAMETERS, load_programs, moved, open_artifact
     from xlinfer.compile.parameters import read_parameters
-    from xlinfer.engine.engine import Engine, Ready
+    from xlinfer.engine.engine import Engine
+    from xlinfer.engine.ready import Ready
     from xlinfer.mesh import replica_meshes
 
     assert options.artifact is not None
@@ -209,7 +210,7 @@ def from_artifact(options: EngineOptions, progress: Progress) -> Built:
     caching = options.enable_prefix_caching
     engines = [Engine.of(ready, enable_prefix_caching=caching, seed=options.seed)]
     for n, mesh in enumerate(others, 1):
-        part = on_mesh(opened, mesh)
+        part = moved(opened, mesh)
         copied = [jax.device_put(x, p.sharding) for x, p in zip(params, part.params, strict=True)]
         own = replace(ready, params=tuple(copied), executables=load_programs(part), mesh=mesh)
         engines.append(Engine.of(own, enable_prefix_caching=caching, seed=options.seed + n))
