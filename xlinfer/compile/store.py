@@ -54,11 +54,14 @@ class Origin:
 def origin_of(lowered: Lowered, mesh: Mesh, options: Mapping[str, Any]) -> Origin:
     device = mesh.devices.flat[0]
     kind = device.device_kind
+    # A program for devices of several processes does not run on as many of one.
+    processes = len({d.process_index for d in mesh.devices.flat})
+    shape = dict(mesh.shape) | ({"processes": processes} if processes > 1 else {})
     return Origin(
         hlo=hashlib.sha256(lowered.as_text().encode()).hexdigest(),
         versions=versions(device.platform),
         device=f"{kind} {host_kind()}" if device.platform == "cpu" else kind,
-        mesh=dict(mesh.shape),
+        mesh=shape,
         options=dict(options),
     )
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 
+from xlinfer.compile import Executables, Key
 from xlinfer.engine.ready import Ready
 from xlinfer.kvcache import Cache
 from xlinfer.mesh import on_mesh
@@ -20,6 +21,23 @@ class Call(NamedTuple):
     program: str  # of xlinfer.compile.Executables
     bucket: int  # 0 where there is one
     inputs: tuple[Any, ...]  # numpy: its last arguments, after those that lie on the device
+
+
+# How many of a program's arguments lie on the device; what follows comes from the host.
+ON_DEVICE = {"forward": 3, "decode": 3, "encode": 2, "sample": 3, "score": 2, "admit": 1}
+
+
+def host_inputs(programs: Executables) -> dict[Key, Any]:
+    """The `inputs` of each program's calls, as ShapeDtypeStructs."""
+    found = {}
+    for name, on_device in ON_DEVICE.items():
+        held = getattr(programs, name)
+        for bucket, program in held.items() if isinstance(held, dict) else [(0, held)]:
+            args, _ = program.args_info
+            found[name, bucket] = jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tuple(args[on_device:])
+            )
+    return found
 
 
 class Executor(Protocol):

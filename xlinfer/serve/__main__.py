@@ -16,7 +16,7 @@ from xlinfer.flags import UsageError, show
 from xlinfer.hub import is_repository
 from xlinfer.progress import show_progress
 from xlinfer.serve.build import DEMO_MODEL, DEMO_NAME, Built, EngineOptions, build
-from xlinfer.serve.flags import help_text, parse
+from xlinfer.serve.flags import help_text, is_multihost, parse
 from xlinfer.serve.lifecycle import end, listen, new_server, run
 from xlinfer.serve.server import ServerOptions
 
@@ -25,8 +25,14 @@ logger = logging.getLogger("xlinfer.serve")
 
 def main(argv: Sequence[str]) -> None:
     """Exits: 0 after a drain, 1 when it cannot serve, 2 when the command line is wrong."""
+    cluster = None
     try:
         values = parse(argv)
+        if values is not None and is_multihost(values):
+            # Servers of one host know nothing of others.
+            from xlinfer.serve.multihost import cluster_from
+
+            cluster = cluster_from(values)
     except UsageError as error:
         print(f"error: {error}\nTry: python -m xlinfer.serve --help", file=sys.stderr)
         sys.exit(2)
@@ -36,19 +42,24 @@ def main(argv: Sequence[str]) -> None:
     _set_up_logging(values.log_format)
     options, server_options = engine_options(values), server_options_of(values)
 
-    def make() -> Built:
-        with show_progress() as progress:
-            return build(options, progress)
-
     try:
         listener = listen(values.host, values.port)
     except OSError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
-    if not server_options.api_keys and not _is_loopback(values.host):
-        logger.warning(
-            "Listening on %s without --api_key: anyone who reaches it can use it.", values.host
-        )
+    if cluster is None or cluster.leads:
+        _warn_of_open_doors(values.host, server_options.api_keys)
+    if cluster is not None:
+        from xlinfer.serve.multihost import follow, lead
+
+        if not cluster.leads:
+            follow(cluster, options, listener)
+        lead(cluster, options, server_options, listener, values.drain_timeout_s)
+
+    def make() -> Built:
+        with show_progress() as progress:
+            return build(options, progress)
+
     server = new_server(server_options, make)
     code = asyncio.run(run(server, listener, drain_timeout_s=values.drain_timeout_s))
     end(server, code)
@@ -84,6 +95,11 @@ def server_options_of(values: flags.FlagValues) -> ServerOptions:
         max_request_bytes=values.max_request_bytes,
         strict_fields=values.strict_fields,
     )
+
+
+def _warn_of_open_doors(host: str, api_keys: Sequence[str]) -> None:
+    if not api_keys and not _is_loopback(host):
+        logger.warning("Listening on %s without --api_key: anyone who reaches it can use it.", host)
 
 
 def _is_loopback(host: str) -> bool:

@@ -2,9 +2,10 @@
 
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Protocol, runtime_checkable
@@ -85,16 +86,56 @@ _COMPILED = (
     *("sequence_parallel_size", "quantization", "matmul_impl"),
     *("attention_impl", "kv_cache_dtype", "deterministic", "max_logprobs"),
 )
-# Options that are the engine's arguments of the same name.
-_ENGINE = (
+# Options that are fields of xlinfer.deployment.Sizes.
+_SIZES = (
     *("max_model_len", "max_num_seqs", "max_num_batched_tokens", "page_size", "num_pages"),
-    *("hbm_utilization", "enable_prefix_caching", "deterministic", "max_logprobs", "seed"),
-    *("attention_impl", "kv_cache_dtype"),
+    *("hbm_utilization", "deterministic", "max_logprobs", "attention_impl", "kv_cache_dtype"),
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """What is the same on every host that serves a model."""
+
+    ready: Any  # an xlinfer.engine.ready.Ready
+    others: tuple[Any, ...]  # such, of the other replicas
+    source: Path  # of the weights
+    tokenizer: Tokenizer
+    generation: GenerationConfig
+
+
+Memory = tuple[int, int]  # bytes of a device, and of those in use
 
 
 def build(options: EngineOptions, progress: Progress) -> Built:
     """Load, compile, ready. Raises ValueError or OSError saying which option is wrong."""
+    return start(prepare(options, progress), options, executor=None)
+
+
+def start(prepared: Prepared, options: EngineOptions, executor: Any) -> Built:
+    """An engine whose programs `executor` runs; None: on this host's devices. Of replicas there is
+    one for each, behind one."""
+    from xlinfer.engine.engine import Engine
+    from xlinfer.engine.replicas import Replicas
+
+    caching, seed = options.enable_prefix_caching, options.seed
+    engine: TokenEngine = Engine.of(
+        prepared.ready, executor=executor, enable_prefix_caching=caching, seed=seed
+    )
+    if prepared.others:
+        of = partial(Engine.of, enable_prefix_caching=caching)
+        others = [of(ready, seed=seed + n) for n, ready in enumerate(prepared.others, 1)]
+        engine = Replicas([engine, *others], enable_prefix_caching=caching)
+    return Built(engine=engine, tokenizer=prepared.tokenizer, generation=prepared.generation)
+
+
+def prepare(
+    options: EngineOptions,
+    progress: Progress,
+    agree: Callable[[Memory], Memory] = lambda own: own,
+) -> Prepared:
+    """Load and compile. `agree` makes of this host's memory what all hosts plan with. Raises
+    ValueError or OSError saying which option is wrong."""
     if options.model is not None:
         from xlinfer.hub import fetch
 
@@ -104,7 +145,7 @@ def build(options: EngineOptions, progress: Progress) -> Built:
         from xlinfer.compile.artifact import ArtifactError
 
         try:
-            return from_artifact(options, progress)
+            return _from_artifact(options, progress)
         except ArtifactError as error:
             if not options.allow_recompile:
                 raise
@@ -114,7 +155,8 @@ def build(options: EngineOptions, progress: Progress) -> Built:
     # Late, so that a server answers /live while jax is still being imported.
     import converters
     from xlinfer.compile.store import Store, use_jax_cache
-    from xlinfer.engine.engine import Engine
+    from xlinfer.deployment import Sizes
+    from xlinfer.engine.ready import make_ready, memory_of
     from xlinfer.mesh import default_expert_parallel_size, make_mesh, replica_meshes
     from xlinfer.weights import load_model, replica
 
@@ -143,31 +185,22 @@ def build(options: EngineOptions, progress: Progress) -> Built:
         options.model, dtype=options.dtype, mesh=mesh, quantization=options.quantization,
         matmul_impl=options.matmul_impl, text_only=options.text_only, progress=progress,
     )  # fmt: skip
-    # What nobody asked for is left to the engine's own defaults.
-    given = {name: value for name in _ENGINE if (value := getattr(options, name)) is not None}
+    sizes = Sizes(**{name: getattr(options, name) for name in _SIZES})
+    memory = agree(memory_of(mesh.local_devices[0]))
     with ExitStack() as stack:
-        if kept is None and others:  # what one compiles is for all
+        if kept is None and others:  # what one replica compiles is for all
             kept = Store(stack.enter_context(TemporaryDirectory(prefix="xlinfer-")))
-        engines = [Engine(module, mesh=mesh, kept=kept, progress=progress, **given)]
-        given["num_pages"] = engines[0].plan.num_pages  # replicas are alike
-        for n, own in enumerate(others, 1):
-            given["seed"] = options.seed + n
-            copy = replica(module, own)
-            engines.append(Engine(copy, mesh=own, kept=kept, progress=progress, **given))
-    return Built(
-        engine=_as_one(engines, options), tokenizer=tokenizer, generation=checkpoint.generation
-    )
+        make = partial(make_ready, memory=memory, kept=kept, progress=progress)
+        ready = make(module, sizes, mesh=mesh)
+        alike = replace(sizes, num_pages=ready.plan.num_pages)
+        replicas = [make(replica(module, own), alike, mesh=own) for own in others]
+    return Prepared(
+        ready=ready, others=tuple(replicas), source=checkpoint.path, tokenizer=tokenizer,
+        generation=checkpoint.generation,
+    )  # fmt: skip
 
 
-def _as_one(engines: list[Any], options: EngineOptions) -> TokenEngine:
-    from xlinfer.engine.replicas import Replicas
-
-    if len(engines) == 1:
-        return engines[0]
-    return Replicas(engines, enable_prefix_caching=options.enable_prefix_caching)
-
-
-def from_artifact(options: EngineOptions, progress: Progress) -> Built:
+def _from_artifact(options: EngineOptions, progress: Progress) -> Prepared:
     """Load, ready: nothing is traced, and nothing compiled but, for an artifact without weights,
     what places a checkpoint's. Raises ArtifactError where it does not fit, ValueError or OSError
     saying which option is wrong."""
@@ -176,7 +209,6 @@ def from_artifact(options: EngineOptions, progress: Progress) -> Built:
     import converters
     from xlinfer.compile.artifact import PARAMETERS, load_programs, moved, open_artifact
     from xlinfer.compile.parameters import read_parameters
-    from xlinfer.engine.engine import Engine
     from xlinfer.engine.ready import Ready
     from xlinfer.mesh import replica_meshes
 
@@ -207,15 +239,19 @@ def from_artifact(options: EngineOptions, progress: Progress) -> Built:
         kv_cache_dtype=manifest["kv_cache_dtype"],
         kv_scales=manifest["facts"]["kv_scales"],
     )
-    caching = options.enable_prefix_caching
-    engines = [Engine.of(ready, enable_prefix_caching=caching, seed=options.seed)]
-    for n, mesh in enumerate(others, 1):
+    replicas = []
+    for mesh in others:
         part = moved(opened, mesh)
         copied = [jax.device_put(x, p.sharding) for x, p in zip(params, part.params, strict=True)]
         own = replace(ready, params=tuple(copied), executables=load_programs(part), mesh=mesh)
-        engines.append(Engine.of(own, enable_prefix_caching=caching, seed=options.seed + n))
-    return Built(
-        engine=_as_one(engines, options), tokenizer=tokenizer, generation=checkpoint.generation
+        replicas.append(own)
+    source = opened.path if opened.has_weights else checkpoint.path
+    return Prepared(
+        ready=ready,
+        others=tuple(replicas),
+        source=source,
+        tokenizer=tokenizer,
+        generation=checkpoint.generation,
     )
 
 

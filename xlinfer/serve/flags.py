@@ -84,10 +84,51 @@ def define() -> flags.FlagValues:
         "weights it needs no model beside it.",
     )
     switch("allow_recompile", False, "Compile anew where the artifact does not fit.")
+    _define_hosts(values)
     one_of("log_format", "text", ["text", "json"], "How log lines are written.")
     for alias, name in ALIASES.items():
         flags.DEFINE_alias(alias, name, flag_values=values)
     return values
+
+
+def _define_hosts(values: flags.FlagValues) -> None:
+    """Of one model over several hosts."""
+    text = partial(flags.DEFINE_string, flag_values=values)
+    whole = partial(flags.DEFINE_integer, flag_values=values)
+    flags.DEFINE_bool(
+        "multihost",
+        False,
+        "Serve one model from the devices of several hosts, which all run this command. Cloud TPU, "
+        "GKE, Slurm and Open MPI say which; elsewhere the next three flags do, and imply this one.",
+        flag_values=values,
+    )
+    text("coordinator_address", None, "HOST:PORT where the other processes reach process 0.")
+    whole("num_processes", None, "How many processes serve the model, one a host.", 1)
+    whole("process_id", None, "Which of them this is, from 0.", 0)
+    text(
+        "coordinator_bind_address",
+        None,
+        "Address that process 0 listens on for the others. Default: that of coordinator_address.",
+    )
+    text(
+        "plan_key_file",
+        None,
+        "File of a secret, at least 32 bytes, by which the processes know each other. Also read "
+        "from the environment variable XLINFER_PLAN_KEY. Without one, whoever hears the network "
+        "can take a process's place.",
+    )
+    flags.DEFINE_float(
+        "heartbeat_timeout_s",
+        20.0,
+        "Seconds without a sign of life after which a process is lost, and all end.",
+        0.5,
+        flag_values=values,
+    )
+
+
+def is_multihost(values: flags.FlagValues) -> bool:
+    named = ("coordinator_address", "num_processes", "process_id")
+    return values.multihost or any(getattr(values, name) is not None for name in named)
 
 
 def parse(argv: Sequence[str]) -> flags.FlagValues | None:

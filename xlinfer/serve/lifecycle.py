@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from time import monotonic
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from xlinfer.serve.app import create_app
 from xlinfer.serve.build import Built
@@ -55,10 +56,14 @@ def new_server(options: ServerOptions, make: Callable[[], Built]) -> Server:
 
 
 def new_http(server: Server) -> uvicorn.Server:
+    return http_server(create_app(server))
+
+
+def http_server(app: ASGIApp) -> uvicorn.Server:
     """h11, because the other parser that uvicorn knows takes headers of any size."""
     return _Http(
         uvicorn.Config(
-            create_app(server),
+            app,
             http="h11",
             ws="none",
             lifespan="off",
@@ -74,12 +79,23 @@ def new_http(server: Server) -> uvicorn.Server:
     )
 
 
-async def run(server: Server, listener: socket.socket, *, drain_timeout_s: float) -> int:
-    """Serve until a signal. The exit code: 0 after a drain, 1 if the model cannot be served."""
+async def run(
+    server: Server,
+    listener: socket.socket,
+    *,
+    drain_timeout_s: float,
+    when_asked_to_stop: Callable[[Callable[[], None]], None] = lambda stop: None,
+) -> int:
+    """Serve until a signal, or until what `when_asked_to_stop` is given is called, by any thread.
+    The exit code: 0 after a drain, 1 if the model cannot be served."""
     start, loop = monotonic(), asyncio.get_running_loop()
     stop = asyncio.Event()
-    for number in SIGNALS:
-        loop.add_signal_handler(number, _on_signal, number, stop)
+    on_signals(loop, stop.set)
+
+    def stop_from_thread() -> None:
+        loop.call_soon_threadsafe(stop.set)
+
+    when_asked_to_stop(stop_from_thread)
     http = new_http(server)
     serving = asyncio.ensure_future(http.serve(sockets=[listener]))
     server.engine.start()
@@ -89,7 +105,7 @@ async def run(server: Server, listener: socket.socket, *, drain_timeout_s: float
     )
     code = 0
     if server.engine.ready.done() and (error := server.engine.ready.exception()) is not None:
-        _explain(error)
+        explain(error)
         code = 1
     elif not stop.is_set():
         _announce(server, listener, monotonic() - start)
@@ -114,13 +130,22 @@ def end(server: Server, code: int) -> None:
     os._exit(code)
 
 
-def _on_signal(number: int, stop: asyncio.Event) -> None:
-    if stop.is_set():
-        os._exit(128 + number)
-    stop.set()
+def on_signals(loop: asyncio.AbstractEventLoop, stop: Callable[[], None]) -> None:
+    """`stop()` at the first SIGTERM or SIGINT; the second ends the process."""
+    heard = False
+
+    def hear(number: int) -> None:
+        nonlocal heard
+        if heard:
+            os._exit(128 + number)
+        heard = True
+        stop()
+
+    for number in SIGNALS:
+        loop.add_signal_handler(number, hear, number)
 
 
-def _explain(error: BaseException) -> None:
+def explain(error: BaseException) -> None:
     """One line for what the user can mend; a traceback for what only we can."""
     if isinstance(error, ValueError | OSError):
         print(f"error: {error}", file=sys.stderr, flush=True)
