@@ -54,13 +54,22 @@ def write_checkpoint(folder: Path) -> Path:
     return folder
 
 
+# The server's own entry; a test that is killed leaves none behind (PR_SET_PDEATHSIG is 1).
+PROGRAM = """
+import ctypes, runpy, signal, sys
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+runpy.run_module("xlinfer.serve", run_name="__main__", alter_sys=True)
+"""
+
+
 class Server:
     """One rank."""
 
     def __init__(self, arguments: list[str], devices: int):
         count = f"--xla_force_host_platform_device_count={devices}"
         self.popen = subprocess.Popen(
-            [sys.executable, "-m", "xlinfer.serve", *arguments],
+            [sys.executable, "-c", PROGRAM, *arguments],
             cwd=ROOT,
             env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": count},
             stderr=subprocess.PIPE,

@@ -78,9 +78,12 @@ def test_two_processes_answer_as_one_and_end_together(checkpoint, cache, tmp_pat
     assert got == alone(checkpoint, cache, asked, devices=2)
 
 
-@pytest.mark.parametrize("victim", [0, 1, 2])
-def test_a_killed_rank_ends_all_within_the_heartbeat(checkpoint, cache, victim):
-    with Servers(checkpoint, cache, 3) as servers:
+@pytest.mark.parametrize(
+    ("count", "victim"),
+    [(2, 0), (2, 1), *(pytest.param(3, n, marks=pytest.mark.slow) for n in range(3))],
+)
+def test_a_killed_rank_ends_all_within_the_heartbeat(checkpoint, cache, count, victim):
+    with Servers(checkpoint, cache, count) as servers:
         servers.wait_until_ready()
         long = {**bodies(1)[0], "prompt": [5, 6], "max_tokens": 120, "ignore_eos": True}
         begun = threading.Event()
@@ -100,7 +103,7 @@ def test_a_killed_rank_ends_all_within_the_heartbeat(checkpoint, cache, victim):
         servers.ranks[victim].popen.kill()
         killed = time.monotonic()
         others = [rank for n, rank in enumerate(servers.ranks) if n != victim]
-        assert [rank.exit_code(HEARTBEAT_S + 5) for rank in others] == [1, 1]
+        assert [rank.exit_code(HEARTBEAT_S + 5) for rank in others] == [1] * len(others)
         assert time.monotonic() - killed < HEARTBEAT_S
         for rank in others:
             assert f"All ranks end: rank {victim} was lost: its connection" in rank.said()

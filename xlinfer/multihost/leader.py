@@ -40,6 +40,8 @@ from xlinfer.multihost.wire import Frame, Kind, WireError, derive
 from xlinfer.programs import Sampled
 from xlinfer.sampling import Logprobs
 
+STRANGERS = 64  # connections that are not proved yet
+
 
 class Leader:
     """`leave(code)` ends the process; it is called at most once, from any thread, when the group
@@ -52,6 +54,7 @@ class Leader:
         self._coordinator_port = free_port()
         self._asked_to_stop: Callable[[], None] = lambda: None
         self._listeners: list[socket.socket] = []
+        self._strangers = threading.BoundedSemaphore(STRANGERS)
         self._news = threading.Condition()  # of what follows
         self._peers: dict[int, socket.socket] = {}
         self._mismatch: str | None = None  # of ranks that came
@@ -194,6 +197,7 @@ class Leader:
                 peer, address = listener.accept()
             except OSError:  # it is closed
                 return
+            self._strangers.acquire()
             _thread("greet", self._greet, peer, address[0])
 
     def _greet(self, peer: socket.socket, address: str) -> None:
@@ -207,6 +211,8 @@ class Leader:
         except (WireError, Lost, OSError) as error:
             logger.warning("A connection from %s was refused: %s.", address, error)
             close(peer)
+        finally:
+            self._strangers.release()
 
     def _admit(self, peer: socket.socket, hello: Hello) -> None:
         mine = self._cluster.num_processes
