@@ -18,9 +18,9 @@ from xlinfer.engine.worker import Call, Worker
 from xlinfer.mesh import make_mesh
 from xlinfer.multihost.calls import Calls, facts_of
 from xlinfer.multihost.cluster import Cluster, free_port, join
-from xlinfer.multihost.digests import leave_process
 from xlinfer.multihost.follower import Follower
 from xlinfer.multihost.leader import Leader
+from xlinfer.multihost.member import leave_process
 from xlinfer.multihost.wire import Kind
 from xlinfer.request import Request, SamplingParams
 from xlinfer.serve.build import DEMO_MODEL

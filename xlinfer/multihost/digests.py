@@ -1,14 +1,10 @@
 """Digests of sampled tokens, taken when the device has them and away from the thread that fills
-it. Also how a process ends without waiting for a device that may never answer."""
+it."""
 
 import hashlib
-import logging
-import os
 import queue
-import sys
 import threading
 from collections.abc import Callable
-from typing import NoReturn
 
 import numpy as np
 
@@ -49,15 +45,3 @@ def digest_of(sampled: Sampled) -> bytes:
     tokens, counts = np.asarray(sampled.token_WR), np.asarray(sampled.count_R)
     data = tokens.tobytes() + counts.tobytes()
     return hashlib.blake2b(data, digest_size=DIGEST_BYTES).digest()
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [""])[0] or type(error).__name__
-
-
-def leave_process(code: int) -> NoReturn:
-    """At once: a collective that lost a rank cannot be waited for, nor torn down."""
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)

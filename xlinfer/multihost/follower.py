@@ -21,8 +21,17 @@ from xlinfer.multihost.channel import (
     limit_sending,
 )
 from xlinfer.multihost.cluster import JOIN_S, Cluster
-from xlinfer.multihost.digests import Digests, first_line, leave_process
-from xlinfer.multihost.member import DIGEST, GRACE_S, Beats, decode_end, encode_end, logger
+from xlinfer.multihost.digests import Digests
+from xlinfer.multihost.member import (
+    DIGEST,
+    GRACE_S,
+    Beats,
+    decode_end,
+    encode_end,
+    first_line,
+    leave_process,
+    logger,
+)
 from xlinfer.multihost.tunnel import open_tunnel
 from xlinfer.multihost.wire import Frame, Kind, WireError, derive
 from xlinfer.programs import Sampled

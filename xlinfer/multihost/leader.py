@@ -24,7 +24,7 @@ from xlinfer.multihost.channel import (
     limit_sending,
 )
 from xlinfer.multihost.cluster import JOIN_S, Cluster, free_port
-from xlinfer.multihost.digests import Digests, first_line, leave_process
+from xlinfer.multihost.digests import Digests
 from xlinfer.multihost.member import (
     DIGEST,
     FAREWELL_S,
@@ -33,6 +33,8 @@ from xlinfer.multihost.member import (
     Beats,
     decode_end,
     encode_end,
+    first_line,
+    leave_process,
     logger,
 )
 from xlinfer.multihost.tunnel import lead_to

@@ -1,9 +1,12 @@
 """What leading and following have in common: beats, and how a group ends."""
 
 import logging
+import os
 import struct
+import sys
 import threading
 from collections.abc import Callable
+from typing import NoReturn
 
 from xlinfer.multihost.digests import DIGEST_BYTES
 from xlinfer.multihost.wire import SMALL
@@ -54,3 +57,16 @@ def encode_end(code: int, reason: str) -> bytes:
 
 def decode_end(payload: bytes) -> tuple[int, str]:
     return payload[0] if payload else 1, payload[1:].decode(errors="replace")
+
+
+def first_line(error: BaseException) -> str:
+    """Without a full stop, as part of a sentence."""
+    return (str(error).splitlines() or [""])[0].rstrip(".") or type(error).__name__
+
+
+def leave_process(code: int) -> NoReturn:
+    """At once: a collective that lost a rank cannot be waited for, nor torn down."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

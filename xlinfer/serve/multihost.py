@@ -23,9 +23,9 @@ from xlinfer.engine.worker import Worker
 from xlinfer.flags import UsageError
 from xlinfer.multihost.calls import Calls, facts_of
 from xlinfer.multihost.cluster import Cluster, cluster_of, join, least_memory
-from xlinfer.multihost.digests import first_line, leave_process
 from xlinfer.multihost.follower import Follower
 from xlinfer.multihost.leader import Leader
+from xlinfer.multihost.member import first_line, leave_process
 from xlinfer.progress import Progress, show_progress
 from xlinfer.serve.build import Built, EngineOptions, Prepared, prepare, start
 from xlinfer.serve.lifecycle import STEP_S, explain, http_server, new_server, on_signals, run
