@@ -207,7 +207,8 @@ class Engine:
         structure, shapes and dtypes. Arrays already in the old ones' shardings are not copied.
 
         Unfinished requests go on with the new weights: their KV is computed again. Raises
-        ValueError naming the parameter that does not fit, and then nothing has changed.
+        ValueError naming the parameter that does not fit, or where other hosts would keep theirs,
+        and then nothing has changed.
         """
         leaves = jax.tree.leaves(params)
         if paths_of(params) != self._paths:
@@ -218,15 +219,10 @@ class Engine:
                     f"{path} is {new.dtype}{list(new.shape)}, the model's is "
                     f"{old.dtype}{list(old.shape)}."
                 )
+        self._executor.replace_params(tuple(leaves))
         while self._in_flight:
             self._receive(self._in_flight.popleft())
         self._scheduler.restart_all()
-        self._executor.replace_params(
-            tuple(
-                jax.device_put(new, old.sharding)
-                for new, old in zip(leaves, self._executor.params, strict=True)
-            )
-        )
 
     def reset_prefix_cache(self) -> None:
         """Forget every cached prefix; running requests keep theirs."""

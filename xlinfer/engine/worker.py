@@ -63,7 +63,10 @@ class Worker:
         self._hidden_TD = self._last_RD = None
 
     def replace_params(self, params: tuple[jax.Array, ...]) -> None:
-        self.params = params
+        """Each in its predecessor's place; what lies there already is not copied."""
+        self.params = tuple(
+            jax.device_put(new, old.sharding) for new, old in zip(params, self.params, strict=True)
+        )
 
     def run(self, call: Call) -> Sampled | Logprobs | None:
         """Dispatch it; returns before the device is done. The arrays given back are whole on every

@@ -36,7 +36,7 @@ from xlinfer.multihost.tunnel import open_tunnel
 from xlinfer.multihost.wire import Frame, Kind, WireError, derive
 from xlinfer.programs import Sampled
 
-AGAIN_S = 0.2  # between two tries to reach rank 0
+AGAIN_S = 0.5  # between two tries to reach rank 0
 
 
 class Follower:
