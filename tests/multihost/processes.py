@@ -66,12 +66,12 @@ runpy.run_module("xlinfer.serve", run_name="__main__", alter_sys=True)
 class Server:
     """One rank."""
 
-    def __init__(self, arguments: list[str], devices: int):
-        count = f"--xla_force_host_platform_device_count={devices}"
+    def __init__(self, arguments: list[str]):
+        one = "--xla_force_host_platform_device_count=1"
         self.popen = subprocess.Popen(
             [sys.executable, "-c", PROGRAM, *arguments],
             cwd=ROOT,
-            env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": count},
+            env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": one},
             stderr=subprocess.PIPE,
             text=True,
         )
@@ -94,20 +94,20 @@ class Server:
 
 
 class Servers:
-    """All ranks of a group; none is left when the block ends."""
+    """All ranks of a group, one device each; none is left when the block ends. `more` are further
+    arguments of all, `last` of the last rank."""
 
-    def __init__(self, checkpoint: Path, cache: Path, count: int, *more: str, devices: int = 1):
+    def __init__(self, checkpoint: Path, cache: Path, count: int, *more: str, last: str = ""):
         port, self.ports = free_port(), [free_port() for _ in range(count)]
         same = [
             str(checkpoint), f"--tokenizer={TOKENIZER}", f"--compile_cache_dir={cache}",
-            f"--tensor_parallel_size={count * devices}", f"--coordinator_address=127.0.0.1:{port}",
+            f"--tensor_parallel_size={count}", f"--coordinator_address=127.0.0.1:{port}",
             f"--num_processes={count}", f"--heartbeat_timeout_s={HEARTBEAT_S}",
             *(f"--{name}={value}" for name, value in SIZES.items()), *more,
         ]  # fmt: skip
-        self.ranks = [
-            Server([*same, f"--process_id={n}", f"--port={self.ports[n]}"], devices)
-            for n in range(count)
-        ]
+        own = [[f"--process_id={n}", f"--port={port}"] for n, port in enumerate(self.ports)]
+        own[-1] += [last] if last else []
+        self.ranks = [Server([*same, *arguments]) for arguments in own]
         self.url = f"http://127.0.0.1:{self.ports[0]}"
 
     def wait_until_ready(self, timeout_s: float = 300) -> None:
@@ -133,8 +133,9 @@ def answer(url: str, body: dict) -> list[int]:
         assert stream.status_code == 200, stream.read()
         for line in stream.iter_lines():
             if line.startswith("data: {"):
-                choice = json.loads(line.removeprefix("data: "))["choices"][0]
-                tokens += choice.get("token_ids") or []
+                event = json.loads(line.removeprefix("data: "))
+                assert "choices" in event, event
+                tokens += event["choices"][0].get("token_ids") or []
     return tokens
 
 

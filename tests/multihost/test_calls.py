@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from xlinfer.engine.worker import ON_DEVICE, Call
-from xlinfer.multihost.calls import Calls, _files, difference
+from xlinfer.multihost.calls import Calls, difference, file_digests
 from xlinfer.multihost.wire import WireError
 from xlinfer.sampling import empty_slots
 
@@ -74,9 +74,9 @@ def test_other_weights_are_a_difference(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(bytes(300_000))
-    before = _files(tmp_path)
+    before = file_digests(tmp_path)
     assert set(before) == {"config.json", "model.safetensors"}
-    assert difference(before, _files(tmp_path)) is None
+    assert difference(before, file_digests(tmp_path)) is None
     weights.write_bytes(bytes(299_999) + b"\1")
-    said = difference(before, _files(tmp_path))
+    said = difference(before, file_digests(tmp_path))
     assert said is not None and said.startswith("model.safetensors is ")

@@ -94,7 +94,7 @@ def test_a_killed_rank_ends_all_within_the_heartbeat(checkpoint, cache, count, v
                     answer(servers.url, long)
                     begun.set()
             except (httpx.TransportError, AssertionError):
-                pass
+                pass  # the stream ended, or said why it would
 
         busy = [threading.Thread(target=keep_busy) for _ in range(4)]
         for thread in busy:
@@ -109,6 +109,14 @@ def test_a_killed_rank_ends_all_within_the_heartbeat(checkpoint, cache, count, v
             assert f"All ranks end: rank {victim} was lost: its connection" in rank.said()
         for thread in busy:
             thread.join(10)
+
+
+def test_ranks_of_different_commands_do_not_start(checkpoint, cache):
+    with Servers(checkpoint, cache, 2, last="--max_num_seqs=4") as servers:
+        assert [rank.exit_code(60) for rank in servers.ranks] == [1, 1]
+    said = servers.ranks[1].said()
+    assert "another command, or has other weights: max_num_seqs is 8, and here 4." in said
+    assert "All ranks end: rank 1 could not start: Rank 0 was started" in servers.ranks[0].said()
 
 
 @pytest.mark.slow

@@ -98,10 +98,20 @@ def facts_of(ready: Ready, source: Path) -> dict[str, Any]:
                 "kv_cache_dtype": ready.kv_cache_dtype,
                 "vocab_size": ready.vocab_size,
                 "parameters": _digest(json.dumps([*ready.paths, parameters]).encode()),
-                **{f"file {name}": digest for name, digest in _files(source).items()},
+                **{f"file {name}": digest for name, digest in file_digests(source).items()},
             }
         )
     )
+
+
+def file_digests(source: Path) -> dict[str, str]:
+    """Digests of the weight files' sizes, beginnings and ends, and of the manifests: two sets of
+    weights with the same of all of these are taken to be one."""
+    files = [source]
+    if source.is_dir():
+        kinds = ("*.safetensors", "*.gguf", "config.json", "compiled.json", "xlinfer.json")
+        files = sorted(file for kind in kinds for file in source.glob(kind))
+    return {file.name: _file_digest(file) for file in files}
 
 
 def difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str | None:
@@ -110,16 +120,6 @@ def difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str | None
         if ours.get(name) != theirs.get(name):
             return f"{name} is {theirs.get(name, 'missing')}, and here {ours.get(name, 'missing')}"
     return None
-
-
-def _files(source: Path) -> dict[str, str]:
-    """Digests of the weight files' sizes, beginnings and ends, and of the manifests: two sets of
-    weights with the same of all of these are taken to be one."""
-    files = [source]
-    if source.is_dir():
-        kinds = ("*.safetensors", "*.gguf", "config.json", "compiled.json", "xlinfer.json")
-        files = sorted(file for kind in kinds for file in source.glob(kind))
-    return {file.name: _file_digest(file) for file in files}
 
 
 def _file_digest(file: Path) -> str:

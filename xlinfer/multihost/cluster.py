@@ -85,19 +85,23 @@ def join(cluster: Cluster, coordinator: str) -> None:
     )
 
 
-def least_memory(cluster: Cluster, memory: tuple[int, int]) -> tuple[int, int]:
-    """Bytes of a device and of those in use that hold for the devices of all ranks, so that all
-    make the same plan of them."""
+def share(cluster: Cluster, name: str, value: str) -> list[str]:
+    """What every rank, in their order, has to say by this name; waits for all."""
     from jax._src.distributed import global_state
 
     store = global_state.client
     assert store is not None
-    name = "xlinfer/memory/{}"
-    store.key_value_set(name.format(cluster.process_id), "{} {}".format(*memory))
-    told = [
-        store.blocking_key_value_get(name.format(rank), JOIN_S * 1000)
+    store.key_value_set(f"xlinfer/{name}/{cluster.process_id}", value)
+    return [
+        store.blocking_key_value_get(f"xlinfer/{name}/{rank}", JOIN_S * 1000)
         for rank in range(cluster.num_processes)
     ]
+
+
+def least_memory(cluster: Cluster, memory: tuple[int, int]) -> tuple[int, int]:
+    """Bytes of a device and of those in use that hold for the devices of all ranks, so that all
+    make the same plan of them."""
+    told = share(cluster, "memory", "{} {}".format(*memory))
     sizes, held = zip(*(map(int, line.split()) for line in told), strict=True)
     return min(sizes), max(held)
 

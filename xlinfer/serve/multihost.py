@@ -4,12 +4,15 @@ Rank 0 answers requests. The others answer /live, /ready and /health, for whoeve
 """
 
 import asyncio
+import json
 import logging
 import os
 import socket
 import threading
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import NoReturn
 
 import jax
@@ -21,8 +24,8 @@ from starlette.routing import Route
 
 from xlinfer.engine.worker import Worker
 from xlinfer.flags import UsageError
-from xlinfer.multihost.calls import Calls, facts_of
-from xlinfer.multihost.cluster import Cluster, cluster_of, join, least_memory
+from xlinfer.multihost.calls import Calls, difference, facts_of, file_digests
+from xlinfer.multihost.cluster import Cluster, cluster_of, join, least_memory, share
 from xlinfer.multihost.follower import Follower
 from xlinfer.multihost.leader import Leader
 from xlinfer.multihost.member import first_line, leave_process
@@ -32,6 +35,8 @@ from xlinfer.serve.lifecycle import STEP_S, explain, http_server, new_server, on
 from xlinfer.serve.server import ServerOptions
 
 logger = logging.getLogger("xlinfer.serve")
+# Options that name what lies on a host, each its own.
+OWN = frozenset({"model", "tokenizer", "chat_template", "compile_cache_dir", "artifact"})
 KEY_BYTES = 32  # fewest of a plan key
 KEY_VARIABLE = "XLINFER_PLAN_KEY"
 
@@ -152,6 +157,7 @@ def _prepare(cluster: Cluster, options: EngineOptions, progress: Progress) -> Pr
             f"{options.artifact}: what is compiled for a CPU is for one process. Leave the "
             "artifact out: programs are kept in compile_cache_dir for the next start"
         )
+    _check_options(cluster, options)
     prepared = prepare(options, progress, partial(least_memory, cluster))
     if (size := prepared.ready.mesh.size) != len(devices):
         raise ValueError(
@@ -159,6 +165,21 @@ def _prepare(cluster: Cluster, options: EngineOptions, progress: Progress) -> Pr
             f"{len(devices)}, all of which one model takes"
         )
     return prepared
+
+
+def _check_options(cluster: Cluster, options: EngineOptions) -> None:
+    """Raise ValueError where they are not rank 0's. Loading takes minutes, and ranks that load
+    different things may wait for each other for ever."""
+    mine = {name: value for name, value in asdict(options).items() if name not in OWN}
+    if options.model is not None and os.path.exists(options.model):
+        files = file_digests(Path(options.model))
+        mine |= {f"file {name}": digest for name, digest in files.items()}
+    first = json.loads(share(cluster, "options", json.dumps(mine))[0])
+    if (what := difference(mine, first)) is not None:
+        raise ValueError(
+            f"Rank 0 was started with another command, or has other weights: {what}. Run the same "
+            "command on every host."
+        )
 
 
 def _key(file: str | None) -> bytes:
