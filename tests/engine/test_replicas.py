@@ -53,7 +53,7 @@ def four() -> Iterator[xlinfer.LLM]:
 
 
 def devices_of(engine) -> set:
-    return set().union(*(x.sharding.device_set for x in engine._runner.params))
+    return set().union(*(x.sharding.device_set for x in engine._executor.params))
 
 
 def test_four_replicas_give_the_tokens_of_one(alone, four):
@@ -117,7 +117,7 @@ def test_a_shared_prefix_is_computed_once(four):
 def test_new_weights_reach_every_replica(four, alone):
     model = load_model(DEMO_MODEL)
     four.engine.update_weights(jax.tree.map(jnp.zeros_like, nnx.state(model)))
-    assert all(not np.asarray(p).any() for e in four.engine.engines for p in e._runner.params)
+    assert all(not np.asarray(p).any() for e in four.engine.engines for p in e._executor.params)
     four.engine.update_weights(nnx.state(model))
     assert tokens(four) == alone
 

@@ -146,9 +146,16 @@ def _health_app(trouble: Callable[[], str | None]) -> Starlette:
 
 def _prepare(cluster: Cluster, options: EngineOptions, progress: Progress) -> Prepared:
     devices, here = jax.devices(), len(jax.local_devices())
-    if options.artifact is None and options.tensor_parallel_size != len(devices):
+    if options.data_parallel_size != 1:
         raise ValueError(
-            f"tensor_parallel_size is {options.tensor_parallel_size}; the {cluster.num_processes} "
+            f"data_parallel_size is {options.data_parallel_size}: over several hosts there is one "
+            "replica. Start a group of hosts for each, behind a load balancer"
+        )
+    shared, split = options.tensor_parallel_size, options.sequence_parallel_size
+    if options.artifact is None and shared * split != len(devices):
+        times = f" x sequence_parallel_size {split}" if split > 1 else ""
+        raise ValueError(
+            f"tensor_parallel_size is {shared}{times}; the {cluster.num_processes} "
             f"processes have {len(devices)} devices ({here} on this host), all of which one model "
             f"takes: give --tensor_parallel_size={len(devices)}"
         )
