@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -126,8 +127,8 @@ class Servers:
             rank.popen.wait()
 
 
-def answer(url: str, body: dict) -> list[int]:
-    """The tokens of a streamed completion."""
+def answer(url: str, body: dict, begun: Callable[[], None] = lambda: None) -> list[int]:
+    """The tokens of a streamed completion; calls `begun()` at its first."""
     tokens: list[int] = []
     with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=120) as stream:
         assert stream.status_code == 200, stream.read()
@@ -135,7 +136,10 @@ def answer(url: str, body: dict) -> list[int]:
             if line.startswith("data: {"):
                 event = json.loads(line.removeprefix("data: "))
                 assert "choices" in event, event
-                tokens += event["choices"][0].get("token_ids") or []
+                new = event["choices"][0].get("token_ids") or []
+                if new and not tokens:
+                    begun()
+                tokens += new
     return tokens
 
 

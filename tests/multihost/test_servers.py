@@ -59,20 +59,15 @@ def test_two_processes_answer_as_one_and_end_together(checkpoint, cache, tmp_pat
         servers.wait_until_ready()
         got = over_http(servers, asked)
         follower = f"http://127.0.0.1:{servers.ports[1]}"
-        assert [httpx.get(f"{follower}{path}").status_code for path in ("/live", "/ready")] == [
-            200,
-            200,
-        ]
+        for path in ("/live", "/ready", "/health"):
+            assert httpx.get(f"{follower}{path}").status_code == 200
         assert httpx.post(f"{follower}/v1/completions", json=asked[0]).status_code == 404
         for rank in servers.ranks:
             assert listening(rank.popen.pid) == {"127.0.0.1"}
         # A rank that is told to stop lets the answers finish, and all ranks end.
         long = {**asked[0], "max_tokens": 100, "ignore_eos": True, "prompt": [5, 6]}
-        with ThreadPoolExecutor(1) as pool:
-            last = pool.submit(answer, servers.url, long)
-            time.sleep(0.2)
-            servers.ranks[1].popen.send_signal(signal.SIGTERM)
-            assert len(last.result()) == 100
+        stop = lambda: servers.ranks[1].popen.send_signal(signal.SIGTERM)
+        assert len(answer(servers.url, long, begun=stop)) == 100
         assert [rank.exit_code(20) for rank in servers.ranks] == [0, 0]
         assert all("Traceback" not in rank.said() for rank in servers.ranks)
     assert got == alone(checkpoint, cache, asked, devices=2)
