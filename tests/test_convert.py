@@ -92,12 +92,12 @@ def test_a_converted_one_loads_onto_any_mesh(source, converted, devices):
     np.testing.assert_array_equal(got(tokens), want(tokens))
 
 
-@pytest.mark.parametrize("devices", [1, 4])
-def test_experts_come_back_from_a_converted_one(devices, tmp_path):
+@pytest.mark.parametrize("devices, own", [(1, 1), (4, 4), (4, 2)])  # the last share experts
+def test_experts_come_back_from_a_converted_one(devices, own, tmp_path):
     cfg = config("qwen2_moe")
     source = write(tmp_path / "source", cfg, tensors(cfg, ml_dtypes.bfloat16))
     assert run(f"--model={source}", f"--output={tmp_path / 'out'}") == 0
-    mesh = make_mesh(devices)
+    mesh = make_mesh(devices, expert_parallel_size=own)
     got, want = load_model(tmp_path / "out", mesh=mesh), load_model(source, mesh=mesh)
     a, b = parameters(got), parameters(want)
     assert a.keys() == b.keys() and "layers.0.moe.gate_up_EID" in a

@@ -63,7 +63,7 @@ def test_a_stack_is_read_once_whether_sliced_or_not():
 
 def of_mesh(x):
     mesh = make_mesh(4)
-    split = partial(jax.shard_map, mesh=mesh, in_specs=jax.P(*mesh.axis_names), out_specs=jax.P())
+    split = partial(jax.shard_map, mesh=mesh, in_specs=jax.P(mesh.axis_names), out_specs=jax.P())
     return split(lambda x: lax.psum((x @ x.T).sum(), mesh.axis_names))(x)
 
 

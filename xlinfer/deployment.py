@@ -21,7 +21,7 @@ from pallas_kernels.checks import check_one_of
 from pallas_kernels.devices import Device, Impl, check_runs
 from pallas_kernels.paged_attention import IMPLS, choose, refusal
 from xlinfer.kvcache import FP8, CacheSpec, Latents, cache_dtype
-from xlinfer.mesh import ways
+from xlinfer.mesh import AnyMesh, ways
 from xlinfer.models import check_model
 from xlinfer.plan import Memory, Plan, PlanError, make_plan, pages_for
 from xlinfer.programs import (
@@ -126,11 +126,8 @@ class Deployment:
         programs, plan, mesh = self.programs, self.plan, self.programs.mesh
         whole = NamedSharding(mesh, PartitionSpec())
         place = lambda shape, dtype=jnp.int32: jax.ShapeDtypeStruct(shape, dtype, sharding=whole)
-        slot_lies = slot_places(mesh, self.facts.vocab_size)
-        slots = jax.tree.map(
-            lambda x, lies: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=lies),
-            slot_shapes(plan.max_num_seqs, self.facts.vocab_size), slot_lies,
-        )  # fmt: skip
+        slots = slot_shapes(mesh, plan.max_num_seqs, self.facts.vocab_size)
+        slot_lies = jax.tree.map(lambda x: x.sharding, slots)
         packed = lambda shapes: place((sum(x.size for x in jax.tree.leaves(shapes)),))
         kv, params, largest = self.spec.abstract(mesh), self.params, plan.token_buckets[-1]
         hidden = jax.eval_shape(
@@ -169,9 +166,11 @@ def _admit_args(slots: Slots, place: Callable) -> tuple:
     return slots, place(()), row, place(()), one(state.recent_ZC), one(state.output_count_ZV)
 
 
-def slot_shapes(max_num_seqs: int, vocab_size: int) -> Slots:
-    """One more than rows: padding's."""
-    return jax.eval_shape(partial(empty_slots, max_num_seqs + 1, vocab_size))
+def slot_shapes(mesh: AnyMesh, max_num_seqs: int, vocab_size: int) -> Slots:
+    """One more than rows: padding's. Placed."""
+    place = lambda x, lies: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=lies)
+    shapes = jax.eval_shape(partial(empty_slots, max_num_seqs + 1, vocab_size))
+    return jax.tree.map(place, shapes, slot_places(mesh, vocab_size))
 
 
 def deploy(
@@ -229,7 +228,9 @@ def deploy(
         device_bytes=device_bytes,
         hbm_utilization=sizes.hbm_utilization,
         weight_bytes=max(sum(map(bytes_on_one, params)), held_bytes),
-        slot_bytes=_bytes(slot_shapes(max_num_seqs, facts.vocab_size)),
+        slot_bytes=sum(
+            map(bytes_on_one, jax.tree.leaves(slot_shapes(mesh, max_num_seqs, facts.vocab_size)))
+        ),
         temporary_bytes=temporary_bytes(
             facts, dtype, ways(mesh, "heads"), rows=max_num_seqs, tokens=most_tokens
         ),
@@ -366,10 +367,6 @@ def bytes_on_one(x: jax.ShapeDtypeStruct) -> int:
     """Of a placed array, what lies on one device. int4 counts half a byte, where nbytes has one."""
     shard = x.sharding.shard_shape(x.shape)  # type: ignore[union-attr]
     return math.prod(shard) * jax.dtypes.itemsize_bits(x.dtype) // 8
-
-
-def _bytes(tree: Any) -> int:
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def _activation_dtype(state: Any) -> Any:

@@ -35,6 +35,34 @@ def test_dashes_are_underscores_and_aliases_are_known():
     )
 
 
+def test_sizes_of_the_mesh():
+    argv = (str(GOLDENS / "mixtral"), "--target=cpu-8", "--sequence-parallel-size=2")
+    sizes = lambda *more: setup_of(values_of(*argv, *more)).axes
+    four = "--tensor_parallel_size=4"
+    assert sizes(four) == {"sequence": 2, "expert": 4, "tensor": 1}
+    assert sizes(four, "--expert_parallel_size=1") == {"sequence": 2, "expert": 1, "tensor": 4}
+    with pytest.raises(ValueError, match=r"expert_parallel_size is 3; it must divide .* 4"):
+        sizes(four, "--expert_parallel_size=3")
+    with pytest.raises(
+        ValueError, match=r"=8 x sequence_parallel_size=2 does not divide the 8 dev"
+    ):
+        sizes("--tensor_parallel_size=8")
+    with pytest.raises(ValueError, match=r"sequence_parallel_size=3 does not divide the 8 devices"):
+        sizes("--sequence_parallel_size=3")
+
+
+@pytest.mark.parametrize(
+    "flag, says",
+    [
+        ("--enable-expert-parallel", "leave it out, or say --expert_parallel_size"),
+        ("--no-enable-expert-parallel", "write --expert_parallel_size=1"),
+    ],
+)
+def test_vllms_switch_for_experts_is_explained(flag, says):
+    with pytest.raises(UsageError, match=says):
+        values_of("model", flag)
+
+
 def test_flags_may_stand_in_a_file(tmp_path):
     file = tmp_path / "flags"
     file.write_text("--target=v6e-8\n--max_model_len=64\n")

@@ -17,7 +17,7 @@ from xlinfer.sampling import Logprobs, empty_slots
 
 
 def program(mesh, scale: float):
-    whole, split = (NamedSharding(mesh, PartitionSpec(*names)) for names in ((), (None, "tensor")))
+    whole, split = (NamedSharding(mesh, PartitionSpec(*names)) for names in ((), (None, "expert")))
     shape = lambda place: jax.ShapeDtypeStruct((4, 4), jnp.float32, sharding=place)
     args = ((shape(split),), shape(split), shape(whole))
 
