@@ -167,7 +167,7 @@ def test_other_requests_are_refused():
     [
         ("t5", "h200", "reference", "no bias by distance"),
         ("t5", "v6e", "reference", "no bias by distance"),
-        ("bart", "v6e", "reference", "neither alone"),
+        ("bart", "v6e", "reference", "not to others alone"),
         ("bart", "h200", "mosaic_gpu", None),
         ("t5", "cpu", "reference", None),
     ],
