@@ -100,7 +100,7 @@ def test_kernels_refuse_by_name_and_leave_it_to_the_reference():
         assert refusal is not None and "distance_bias_NX" in refusal
         assert paged_attention.choose(device, **CACHE, distance_bias=True) == "reference"
     assert paged_attention.choose(H200, **CACHE, apart=True) == "mosaic_gpu"
-    assert "neither alone" in str(mosaic_tpu.refuse(**CACHE, **nothing | {"apart": True}))
+    assert "not to others alone" in str(mosaic_tpu.refuse(**CACHE, **nothing | {"apart": True}))
     assert paged_attention.choose(V6E, **CACHE, apart=True) == "reference"
     sizes = {"H": 64, "V": 64, "dtype": jnp.bfloat16}
     assert flash_attention.choose(H200, **sizes) == "mosaic_gpu"
