@@ -17,6 +17,7 @@ from tests.checkpoints import ENCODER_DECODERS, GOLDENS
 from tests.engine.test_engine import GREEDY, run
 from xlinfer.deployment import Sizes, deploy, facts_of
 from xlinfer.engine.engine import Engine
+from xlinfer.engine.worker import Worker
 from xlinfer.mesh import make_mesh
 from xlinfer.models import EncoderDecoder
 from xlinfer.request import InvalidRequest, Request, SamplingParams
@@ -111,6 +112,7 @@ def test_neighbours_change_no_bits():
 def test_the_programs_are_the_plans_and_nothing_compiles_later():
     engine = Engine(load_model(GOLDENS / "bart"), **ROOMY)
     assert engine.plan.encode_buckets == (32, 64)
+    assert isinstance(engine._executor, Worker)
     assert set(engine._executor._run.encode) == {32, 64}
     compiles: list[str] = []
 

@@ -12,6 +12,7 @@ import pytest
 from tests.checkpoints import GOLDENS, config, tensors, write
 from tests.engine.test_engine import request, run
 from xlinfer.engine.engine import Engine
+from xlinfer.engine.worker import Worker
 from xlinfer.mesh import make_mesh
 from xlinfer.request import SamplingParams
 from xlinfer.weights import load_model
@@ -128,6 +129,7 @@ def test_devices_keep_their_own_heads(devices):
     model = load_model(GOLDENS / "llama", mesh=mesh)
     engine = Engine(model, mesh=mesh, **TIGHT, kv_cache_dtype="fp8")
     same(answer(engine, prompt), emulated(load_model(GOLDENS / "llama"), prompt))
+    assert isinstance(engine._executor, Worker)
     kv = jax.tree.leaves(engine._executor._kv)[0]
     assert kv.dtype == jnp.float8_e4m3fn
     assert kv.sharding.shard_shape(kv.shape)[2] == kv.shape[2] // devices

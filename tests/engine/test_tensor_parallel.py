@@ -10,6 +10,7 @@ from safetensors.numpy import load_file
 
 from tests.checkpoints import FAMILIES, GOLDENS
 from xlinfer.engine.engine import Engine
+from xlinfer.engine.worker import Worker
 from xlinfer.mesh import make_mesh
 from xlinfer.request import Request, SamplingParams
 from xlinfer.weights import load_model
@@ -60,6 +61,7 @@ def test_tokens_and_log_probabilities(family, devices):
         expected = all_logprobs[i, np.arange(31), prompt[1:]]
         np.testing.assert_allclose(scores[str(i)], expected, atol=ATOL)
 
+    assert isinstance(engine._executor, Worker)
     kv = jax.tree.leaves(engine._executor._kv)[0]
     if model.latents is None:
         assert kv.sharding.shard_shape(kv.shape)[2] == kv.shape[2] // devices, "the cache is split"

@@ -84,6 +84,7 @@ def test_writing_and_attending_apart_is_both_at_once(keys):
     where = {name: args[name] for name in ("layer", "page_T", "slot_T")}
     got = paged_attention.write(args["k_TKH"], args["v_TKH"], args["pages"], **where, device=CPU)
     jax.tree.map(np.testing.assert_array_equal, got, pages)
+    assert isinstance(got, paged_attention.Pages)
     o_TNH = paged_attention.attend(
         args["q_TNH"], got, args["layer"], args["ragged"], scale=args["scale"], decode_only=False,
         device=CPU,
