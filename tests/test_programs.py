@@ -11,7 +11,7 @@ from pallas_kernels.devices import DEVICES
 from xlinfer.kvcache import CacheSpec
 from xlinfer.mesh import make_mesh
 from xlinfer.plan import make_plan
-from xlinfer.programs import Programs, forward_shapes, pack, unpack
+from xlinfer.programs import Programs, forward_shapes, pack, score_shapes, unpack
 from xlinfer.sampling import empty_slots
 
 
@@ -50,8 +50,9 @@ def programs_for(model, **sizes) -> tuple[Programs, tuple]:
 def test_prompt_logprobs_never_hold_all_logits():
     """4096 positions of 20,000 tokens would be 328 MB; 64 of them at a time are 5 MB."""
     programs, params = programs_for(Head(), max_num_batched_tokens=4096)
-    hidden_TD, token_T = jnp.zeros((4096, 8)), jnp.zeros(4096, jnp.int32)
-    compiled = jax.jit(programs.score).lower(params, hidden_TD, token_T, jnp.int32(9)).compile()
+    size = sum(x.size for x in jax.tree.leaves(score_shapes(programs.plan)))
+    args = params, jnp.zeros((4096, 8)), jnp.zeros(size, jnp.int32)
+    compiled = jax.jit(programs.score).lower(*args).compile()
     memory = compiled.memory_analysis()
     assert memory is not None
     assert memory.temp_size_in_bytes + memory.output_size_in_bytes < 4096 * 20_000 * 4 / 10

@@ -30,6 +30,7 @@ from xlinfer.programs import (
     encode_shapes,
     forward_shapes,
     sample_shapes,
+    score_shapes,
 )
 from xlinfer.quant import QTensor
 from xlinfer.sampling import Slots, empty_slots, slot_places
@@ -153,7 +154,7 @@ class Deployment:
             jobs["encode", tokens] = Job(run, (params, kv, step), (1,), cache)
         sample = (params, slots, states(plan.max_num_seqs), packed(sample_shapes(plan)))
         jobs["sample", 0] = Job(programs.sample, sample, (1,), (slot_lies, whole))
-        score = (params, states(largest), place((largest,)), place(()))
+        score = (params, states(largest), packed(score_shapes(plan)))
         jobs["score", 0] = Job(programs.score, score, (), whole)
         jobs["admit", 0] = Job(programs.admit, _admit_args(slots, place), (0,), slot_lies)
         jobs["allocate", 0] = Job(partial(self.spec.zeros, mesh), (), (), cache)

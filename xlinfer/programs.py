@@ -79,6 +79,13 @@ class SampleInput(NamedTuple):
     wanted: Wanted
 
 
+class ScoreInput(NamedTuple):
+    row_T: Ints  # of the forward's hidden states
+    token_T: Ints  # that follows it
+    num_rows: Ints
+    tops: Ints  # 0 or 1: whether the most likely tokens are wanted
+
+
 class DecodeInput(NamedTuple):
     slot_R: Ints
     length_R: Ints
@@ -148,6 +155,11 @@ def encode_shapes(tokens: int) -> EncodeInput:
 def sample_shapes(plan: Plan) -> SampleInput:
     one_R = _whole(plan.max_num_seqs)
     return SampleInput(one_R, one_R, one_R, WANTED)
+
+
+def score_shapes(plan: Plan) -> ScoreInput:
+    one_T = _whole(plan.max_num_batched_tokens)
+    return ScoreInput(one_T, one_T, _whole(), _whole())
 
 
 def decode_shapes(plan: Plan, rows: int) -> DecodeInput:
@@ -276,23 +288,25 @@ class Programs:
         self,
         params: Sequence[Array],
         hidden_TD: Float[Array, "T D"],
-        token_T: Int[Array, " T"],
-        num_tokens: Int[Array, ""],
+        packed: Int[Array, " n"],
     ) -> Logprobs:
-        """Log-probabilities of token_T[t] after hidden state t, and the most likely tokens, for
-        t < num_tokens; the logits of at most SCORE_ROWS positions exist at a time."""
-        model, T, most = self._model(params), token_T.shape[0], self.plan.max_logprobs
+        """Log-probabilities of token_T[i] after hidden state row_T[i] for i < num_rows, and if
+        `tops` the most likely tokens; the logits of at most SCORE_ROWS positions exist at a
+        time."""
+        x = unpack(packed, score_shapes(self.plan))
+        model, T, most = self._model(params), len(x.token_T), self.plan.max_logprobs
         size = min(SCORE_ROWS, T)
 
         def some(i, scores):
             first = jnp.minimum(i * size, T - size)  # the last may overlap the one before
             cut = lambda x: lax.dynamic_slice_in_dim(x, first, size)
-            logits_rV = model.logits(cut(hidden_TD)[None])[0]
+            logits_rV = model.logits(hidden_TD[cut(x.row_T)][None])[0]
             put = lambda all_T, new: lax.dynamic_update_slice_in_dim(all_T, new, first, 0)
-            return jax.tree.map(put, scores, logprobs_of(logits_rV, cut(token_T), most))
+            new = logprobs_of(logits_rV, cut(x.token_T), most, tops=x.tops > 0)
+            return jax.tree.map(put, scores, new)
 
         nothing = no_logprobs(T, most, model.vocab_size)
-        return lax.fori_loop(0, (num_tokens + size - 1) // size, some, nothing)
+        return lax.fori_loop(0, (x.num_rows + size - 1) // size, some, nothing)
 
     def admit(
         self,

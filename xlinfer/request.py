@@ -190,6 +190,9 @@ class Request:
     encoder_token_ids: tuple[int, ...] = ()
     eos_token_ids: tuple[int, ...] = ()  # end the answer unless sampling.ignore_eos
     bad_words_token_ids: tuple[tuple[int, ...], ...] = ()  # sampling.bad_words, tokenized
+    # The first prompt position that sampling.prompt_logprobs is asked of; what only comes before it
+    # may be found in the prefix cache.
+    score_from: int = 0
     answer_index: int = 0  # 0 ≤ index < n; folded into the seed, so that answers differ
     priority: int = 0  # lower runs first
     arrival_time: float = 0.0  # seconds, any clock; orders equals
@@ -215,7 +218,8 @@ class TokenOutput:
     request_id: str
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] | None = None  # beside token_ids, when asked for
-    # One entry a prompt token (None for the first), given once, with the first token or the end.
+    # One entry a prompt token from score_from on (None for the prompt's first, which follows
+    # nothing), given once, with the first token or the end.
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     finish_reason: FinishReason | None = None
     stop_reason: int | None = None  # the stop_token_ids member that ended it; None for EOS

@@ -174,16 +174,33 @@ def advance(
     )
 
 
-def logprobs_of(logits_RV: Float[Array, "R V"], token_R: Int[Array, " R"], most: int) -> Logprobs:
-    """Log-probabilities of `token_R` and of the `most` most likely tokens."""
+def logprobs_of(
+    logits_RV: Float[Array, "R V"],
+    token_R: Int[Array, " R"],
+    most: int,
+    *,
+    tops: Bool[Array, ""] | None = None,
+) -> Logprobs:
+    """Log-probabilities of `token_R` and of the `most` most likely tokens, which are zeros where
+    `tops` is given and false."""
     lse_R = jax.nn.logsumexp(logits_RV, axis=-1)
     chosen_R = jnp.take_along_axis(logits_RV, token_R[:, None], axis=1)[:, 0]
-    top_RQ, top_token_RQ = lax.top_k(logits_RV, min(most, logits_RV.shape[1]))
+    R, Q = len(token_R), min(most, logits_RV.shape[1])
+
+    def best(logits_RV):
+        top_RQ, top_token_RQ = lax.top_k(logits_RV, Q)
+        return top_RQ - lse_R[:, None], top_token_RQ
+
+    if tops is None:
+        top_RQ, top_token_RQ = best(logits_RV)
+    else:
+        none = lambda _: (jnp.zeros((R, Q)), jnp.zeros((R, Q), jnp.int32))
+        top_RQ, top_token_RQ = lax.cond(tops, best, none, logits_RV)
     return Logprobs(
         chosen_R=chosen_R - lse_R,
         rank_R=(logits_RV > chosen_R[:, None]).sum(-1).astype(jnp.int32) + 1,
         top_token_RQ=top_token_RQ,
-        top_RQ=top_RQ - lse_R[:, None],
+        top_RQ=top_RQ,
     )
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from xlinfer.engine.pages import PagePool, page_keys
 from xlinfer.engine.scheduler import Chunk, Decode, Forward, Scheduler, Step
-from xlinfer.engine.sequence import Sequence
+from xlinfer.engine.sequence import Sequence, read_positions
 from xlinfer.plan import Plan, make_plan
 from xlinfer.request import Request, SamplingParams
 
@@ -27,6 +27,7 @@ class Job:
     priority: int = 0
     salt: str = ""
     prompt_logprobs: bool = False
+    score_from: int = 0
     encoder: tuple[int, ...] = ()  # what an encoder reads; `prompt` is the decoder's then
 
 
@@ -59,6 +60,7 @@ def sequence(number: int, job: Job, plan: Plan) -> Sequence:
     request = Request(
         request_id=str(number), prompt_token_ids=job.prompt, sampling=sampling,
         encoder_token_ids=job.encoder, priority=job.priority, cache_salt=job.salt,
+        score_from=job.score_from,
     )  # fmt: skip
     return Sequence(
         request=request,
@@ -92,6 +94,7 @@ class Simulation:
     steps_in_flight: int = 2  # as the engine has it
     jobs: dict[Sequence, Job] = field(default_factory=dict)
     finished: dict[Sequence, list[int]] = field(default_factory=dict)
+    read: dict[Sequence, list[int]] = field(default_factory=dict)  # positions told of
     in_flight: deque[InFlight] = field(default_factory=deque)
     history: list[Step] = field(default_factory=list)
 
@@ -103,7 +106,7 @@ class Simulation:
 
     def add(self, job: Job) -> Sequence:
         seq = sequence(len(self.jobs), job, self.plan)
-        self.jobs[seq] = job
+        self.jobs[seq], self.read[seq] = job, []
         self.scheduler.add(seq)
         return seq
 
@@ -119,6 +122,9 @@ class Simulation:
         for seq in self.scheduler.running:
             self._rows[seq].computed = -1
         self.scheduler.restart_all()
+        for seq in self.unfinished:
+            if len(seq.tokens) == seq.num_prompt:
+                self.read[seq] = []
         self._kv.clear()
         self.scheduler.check()
 
@@ -129,7 +135,8 @@ class Simulation:
     def schedule(self) -> Step | None:
         """Schedule one step, check it and run it on the device."""
         lengths = {seq: seq.length for seq in self.unfinished}
-        running, preempted = list(self.scheduler.running), self.scheduler.num_preemptions
+        running = [seq for seq in self.scheduler.running if not seq.done]
+        preempted = self.scheduler.num_preemptions
         step = self.scheduler.schedule()
         preempted = self.scheduler.num_preemptions - preempted
         self.scheduler.check()
@@ -152,9 +159,10 @@ class Simulation:
         if isinstance(done.step, Forward):
             for chunk, tokens in zip(done.step.chunks, done.tokens, strict=True):
                 seq = chunk.seq
+                self.read[seq] += chunk.reads
                 if chunk.samples:
                     self._give(seq, tokens, 1)
-                elif seq.max_length == seq.num_prompt == chunk.start + chunk.count:
+                elif not seq.generates and chunk.start + chunk.count == seq.end:
                     if not seq.finished:
                         self._finish(seq)
         else:
@@ -196,6 +204,8 @@ class Simulation:
     def _finish(self, seq: Sequence) -> None:
         assert seq not in self.finished
         self.finished[seq] = seq.tokens[seq.num_prompt :]
+        want = read_positions(seq.request)
+        assert self.read[seq] == list(want), "a hidden state was read twice, or not at all"
         self.scheduler.finish(seq)
 
     def check_cached(self, seq: Sequence) -> None:
@@ -226,6 +236,7 @@ class Simulation:
         for chunk in step.chunks:
             seq, end = chunk.seq, chunk.start + chunk.count
             assert chunk.count > 0 and end <= lengths[seq]
+            assert all(chunk.start <= position < end for position in chunk.reads)
             assert chunk.samples == (end == lengths[seq] < seq.max_length)
             assert chunk.admitted or self._rows[seq].computed >= 0, "it has no slot"
 
@@ -242,7 +253,7 @@ class Simulation:
         chunks = step.chunks if isinstance(step, Forward) else ()
         admitted = {chunk.seq for chunk in chunks if chunk.admitted}
         running = self.scheduler.running
-        waiting = [seq for seq in self.unfinished if seq not in running]
+        waiting = [seq for seq in self.unfinished if seq not in running and not seq.done]
         assert all(a.order < w.order for a in admitted for w in waiting)
         victims = [seq for seq in before if seq not in running or seq in admitted]
         assert len(victims) == preempted
@@ -294,7 +305,7 @@ class Simulation:
         seq = chunk.seq
         assert seq.length - chunk.samples == len(seq.tokens), "its last tokens are not known yet"
         assert chunk.start % self.plan.page_size == 0
-        if not self.caching or self.jobs[seq].prompt_logprobs:
+        if not self.caching:
             assert chunk.start == 0
         self._rows[seq] = Row(list(seq.tokens), computed=chunk.start)
         size = self.plan.page_size

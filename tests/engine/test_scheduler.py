@@ -57,6 +57,7 @@ def jobs(draw, earlier: list[Job], encodes: bool):
         priority=draw(st.sampled_from([0, 0, 0, -1, 1])),
         salt=salt,
         prompt_logprobs=prompt_logprobs,
+        score_from=draw(st.integers(0, len(prompt) - 1)) if prompt_logprobs else 0,
         encoder=tuple(draw(read)) if encodes else (),
     )
 
@@ -178,10 +179,12 @@ def test_one_token_at_least_is_computed():
         (Job(prompt=PROMPT), 8),
         (Job(prompt=PROMPT, salt="b"), 0),
         (Job(prompt=PROMPT, prompt_logprobs=True), 0),  # each token's are asked for
+        (Job(prompt=PROMPT, prompt_logprobs=True, score_from=8), 4),  # position 7 tells of 8
+        (Job(prompt=PROMPT, prompt_logprobs=True, score_from=9), 8),
         (Job(prompt=(1, *PROMPT[1:])), 0),
         (Job(prompt=(*PROMPT[:4], 1, *PROMPT[5:])), 4),
     ],
-    ids=["same", "other salt", "prompt_logprobs", "other first page", "other second page"],
+    ids=["same", "salt", "scored", "scored from 8", "scored from 9", "first page", "second page"],
 )
 def test_who_shares(later, start):
     simulation = Simulation(small_plan(max_num_batched_tokens=16))
@@ -189,6 +192,16 @@ def test_who_shares(later, start):
     simulation.run()
     simulation.add(later)
     assert chunks(simulation) == [("1", start, 10 - start, True)]
+    simulation.run()
+
+
+def test_what_is_only_scored_frees_its_place_for_the_next_step():
+    """Two steps in flight need twice the rows otherwise; and the last token tells of nothing."""
+    simulation = Simulation(small_plan(max_num_batched_tokens=16, max_num_seqs=2))
+    for first in range(3):
+        simulation.add(Job(prompt=(first, *PROMPT[1:4]), max_tokens=0, prompt_logprobs=True))
+    assert chunks(simulation) == [("0", 0, 3, False), ("1", 0, 3, False)]
+    assert chunks(simulation) == [("2", 0, 3, False)]
     simulation.run()
 
 

@@ -31,7 +31,13 @@ from xlinfer.compile.store import Store, check_private, host_kind, versions
 from xlinfer.compile.trees import decode_array, encode_array
 from xlinfer.deployment import Deployment, Sizes
 from xlinfer.plan import Plan
-from xlinfer.programs import decode_shapes, encode_shapes, forward_shapes, sample_shapes
+from xlinfer.programs import (
+    decode_shapes,
+    encode_shapes,
+    forward_shapes,
+    sample_shapes,
+    score_shapes,
+)
 from xlinfer.sampling import empty_slots
 
 MANIFEST, PROGRAMS, PARAMETERS = "compiled.json", "programs", "parameters"
@@ -289,6 +295,7 @@ def _check_call(name: str, key: Sequence[Any], description: Mapping[str, Any], o
         "decode": lambda: [packed(decode_shapes(plan, key[1]))],
         "encode": lambda: [packed(encode_shapes(key[1]))],
         "sample": lambda: [packed(sample_shapes(plan))],
+        "score": lambda: [packed(score_shapes(plan))],
         "admit": lambda: [
             list(x.shape) for x in jax.tree.leaves(empty_slots(plan.max_num_seqs + 1, vocab))
         ],

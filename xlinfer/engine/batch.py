@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from xlinfer.engine.scheduler import Chunk, Decode, Forward
+from xlinfer.engine.scheduler import Decode, Forward
 from xlinfer.engine.sequence import Sequence
 from xlinfer.engine.slots import needs
 from xlinfer.plan import Plan
@@ -15,6 +15,7 @@ from xlinfer.programs import (
     EncodeInput,
     ForwardInput,
     SampleInput,
+    ScoreInput,
 )
 from xlinfer.sampling import Wanted
 
@@ -103,17 +104,24 @@ class Batcher:
             self._encoded([seq.held_slot for seq in step.seqs], rows),
         )  # fmt: skip
 
-    def targets(self, step: Forward) -> np.ndarray | None:
-        """Beside each token of the step the prompt token that follows it, for prompt
-        log-probabilities; None when no chunk is asked for them."""
-        if not any(wants_prompt_logprobs(chunk) for chunk in step.chunks):
-            return None
-        target_T, t = np.zeros(self._plan.max_num_batched_tokens, np.int32), 0
+    def score(self, step: Forward) -> ScoreInput | None:
+        """The hidden states that are read, chunk after chunk, and the prompt tokens that follow
+        them; None when there are none."""
+        row_S, token_S, tops, t = [], [], 0, 0
         for chunk in step.chunks:
-            following = chunk.seq.request.prompt_token_ids[chunk.start + 1 :][: chunk.count]
-            target_T[t : t + len(following)] = following
+            if reads := chunk.reads:
+                first = t + reads.start - chunk.start
+                row_S += range(first, first + len(reads))
+                request = chunk.seq.request
+                token_S += request.prompt_token_ids[reads.start + 1 : reads.stop + 1]
+                tops |= request.sampling.prompt_logprobs != 0
             t += chunk.count
-        return target_T
+        if not row_S:
+            return None
+        size = self._plan.max_num_batched_tokens
+        return ScoreInput(
+            _padded(row_S, size), _padded(token_S, size), np.int32(len(row_S)), np.int32(tops)
+        )
 
     def _write_pages(self, seqs: Iterable[Sequence]) -> None:
         for seq in seqs:
@@ -133,12 +141,6 @@ class Batcher:
 
     def _wanted(self, seqs: Iterable[Sequence]) -> Wanted:
         return Wanted(*self._needs_ZW[[seq.held_slot for seq in seqs]].any(0).astype(np.int32))
-
-
-def wants_prompt_logprobs(chunk: Chunk) -> bool:
-    """Whether this chunk scores prompt tokens: those after its own, the prompt's last excluded."""
-    asked = chunk.seq.request.sampling.prompt_logprobs is not None
-    return asked and chunk.start < chunk.seq.num_prompt - 1
 
 
 def _tokens(seq: Sequence, start: int, count: int) -> list[int]:

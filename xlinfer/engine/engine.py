@@ -223,6 +223,7 @@ class Engine:
         while self._in_flight:
             self._receive(self._in_flight.popleft())
         self._scheduler.restart_all()
+        self._outputs.forget_prompts()
 
     def reset_prefix_cache(self) -> None:
         """Forget every cached prefix; running requests keep theirs."""

@@ -1,6 +1,5 @@
 """Results of finished steps -> what each request is told."""
 
-from xlinfer.engine.batch import wants_prompt_logprobs
 from xlinfer.engine.runner import InFlight
 from xlinfer.engine.scheduler import Chunk, Forward, Scheduler
 from xlinfer.engine.sequence import Sequence
@@ -14,7 +13,7 @@ class Outputs:
     def __init__(self):
         self.prompt_tokens = self.generation_tokens = 0
         self.ready: dict[str, TokenOutput] = {}
-        self._prompt_logprobs: dict[Sequence, list[TokenLogprobs | None]] = {}
+        self._prompt_logprobs: dict[Sequence, list[TokenLogprobs | None]] = {}  # of those read
 
     def take(self) -> list[TokenOutput]:
         ready, self.ready = list(self.ready.values()), {}
@@ -24,6 +23,10 @@ class Outputs:
         """Nobody wants its news any more."""
         self.ready.pop(seq.request.request_id, None)
         self._prompt_logprobs.pop(seq, None)
+
+    def forget_prompts(self) -> None:
+        """What was read of prompts so far is read again."""
+        self._prompt_logprobs.clear()
 
     def receive(self, done: InFlight, scheduler: Scheduler) -> list[Sequence]:
         """Give every sequence of the step its tokens; returns those that are finished."""
@@ -56,7 +59,7 @@ class Outputs:
         if len(seq.tokens) - count == seq.num_prompt:
             self.prompt_tokens += seq.num_encoded or seq.num_prompt
             if seq.request.sampling.prompt_logprobs is not None:
-                out.prompt_logprobs = self._prompt_logprobs.pop(seq, [None])
+                out.prompt_logprobs = self._take_prompt_logprobs(seq)
         self.generation_tokens += count
         out.token_ids += tokens
         if (asked := seq.request.sampling.logprobs) is not None:
@@ -72,29 +75,31 @@ class Outputs:
         """The chunk's sequence, if it asked for its prompt's log-probabilities alone and now
         has them."""
         seq = chunk.seq
-        if seq.finished or not seq.max_length == seq.num_prompt == chunk.start + chunk.count:
+        if seq.finished or seq.generates or chunk.start + chunk.count < seq.end:
             return None
         out = self._output(seq)
-        out.prompt_logprobs = self._prompt_logprobs.pop(seq, [None])
+        out.prompt_logprobs = self._take_prompt_logprobs(seq)
         out.finish_reason = "length"
         self.prompt_tokens += seq.num_prompt
         return seq
 
     def _note_scores(self, step: Forward, scores: Logprobs) -> None:
-        t = 0
-        for chunk in step.chunks:
-            seq, first = chunk.seq, t
-            t += chunk.count
-            if seq.finished or not wants_prompt_logprobs(chunk):
-                continue
-            known = self._prompt_logprobs.setdefault(seq, [None])
-            asked = seq.request.sampling.prompt_logprobs
-            assert asked is not None
-            end = min(chunk.start + chunk.count, seq.num_prompt - 1)
-            # After a preemption the prompt is computed again; what is known stays.
-            for position in range(max(chunk.start, len(known) - 1), end):
-                token = seq.tokens[position + 1]
-                known.append(token_logprobs(scores, first + position - chunk.start, token, asked))
+        i = 0
+        for seq, reads in ((chunk.seq, chunk.reads) for chunk in step.chunks if chunk.reads):
+            if not seq.finished:
+                known = self._prompt_logprobs.setdefault(seq, [])
+                asked = seq.request.sampling.prompt_logprobs
+                assert asked is not None
+                following = seq.tokens[reads.start + 1 : reads.stop + 1]
+                known += [
+                    token_logprobs(scores, at, token, asked)
+                    for at, token in enumerate(following, i)
+                ]
+            i += len(reads)
+
+    def _take_prompt_logprobs(self, seq: Sequence) -> list[TokenLogprobs | None]:
+        known = self._prompt_logprobs.pop(seq, [])
+        return known if seq.request.score_from else [None, *known]
 
     def _output(self, seq: Sequence) -> TokenOutput:
         request_id = seq.request.request_id

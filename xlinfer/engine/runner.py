@@ -21,7 +21,7 @@ class InFlight:
 
     step: Step
     sampled: Sampled | None
-    scores: Logprobs | None  # of the prompt tokens that follow the step's
+    scores: Logprobs | None  # of the prompt tokens that follow what was read
 
     @property
     def is_ready(self) -> bool:
@@ -61,8 +61,8 @@ class Runner:
         if (sample := self._batcher.sample(step)) is not None:
             sampled = self._run(Call("sample", 0, (pack(sample),)))
             sampled = _asked(sampled, sample.wanted)
-        if (target_T := self._batcher.targets(step)) is not None:
-            scores = self._run(Call("score", 0, (target_T, np.int32(step.num_tokens))))
+        if (score := self._batcher.score(step)) is not None:
+            scores = self._run(Call("score", 0, (pack(score),)))
         return self._in_flight(step, sampled, scores)
 
     def _decode(self, step: Decode) -> InFlight:
@@ -78,9 +78,11 @@ class Runner:
 
     def _admit(self, seq: Sequence) -> None:
         """The sequence got its slot, for the first time or again after a preemption."""
+        self._batcher.admit(seq)
+        if not seq.generates:
+            return  # the slot holds what sampling needs
         if seq.seed is None:  # kept through preemptions
             seq.seed = int(self._seeds.integers(2**63))
-        self._batcher.admit(seq)
         vocab_size = self._vocab_size
         row = slot_params(seq, vocab_size, seq.seed)
         latest = np.int32(seq.tokens[-1]), recent_tokens(seq), output_counts(seq, vocab_size)

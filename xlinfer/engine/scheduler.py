@@ -8,7 +8,7 @@ import heapq
 from dataclasses import dataclass
 
 from xlinfer.engine.pages import PagePool, page_keys
-from xlinfer.engine.sequence import Sequence
+from xlinfer.engine.sequence import Sequence, read_positions
 from xlinfer.plan import Plan
 
 # Rows that decode together take this part of the window: their steps are longer, and whoever
@@ -24,6 +24,7 @@ class Chunk:
     start: int
     count: int
     samples: bool  # they reach its end and the step gives it a new token
+    reads: range  # those whose hidden states are read
     admitted: bool  # it has its slot from this step on; what an encoder reads is read first
 
 
@@ -66,6 +67,7 @@ class Scheduler:
         self._caching = enable_prefix_caching
         self._waiting: list[tuple[tuple, Sequence]] = []  # heap; finished ones linger until met
         self._slots = list(range(plan.max_num_seqs))[::-1]
+        self._leaving: list[Sequence] = []  # done with the step that was scheduled last
 
     def add(self, seq: Sequence) -> None:
         heapq.heappush(self._waiting, (seq.order, seq))
@@ -74,14 +76,15 @@ class Scheduler:
     def finish(self, seq: Sequence) -> None:
         """It has its answer or nobody wants it any more: free what it holds."""
         seq.finished = True
-        if seq.slot is None:
-            self.num_waiting -= 1
-        else:
+        if seq.slot is not None:
             self._release(seq)
+        elif not seq.done:
+            self.num_waiting -= 1
 
     def schedule(self) -> Step | None:
         """The next step, or None when no sequence can use one. Its tokens count as computed
         and its samples as pending from here on."""
+        self._release_done()
         prefilling = any(seq.prefilling for seq in self.running)
         if prefilling or self._next_waiting() is not None or not self.plan.decode_window:
             return self._forward()
@@ -96,9 +99,14 @@ class Scheduler:
             self._remember(seq, len(seq.tokens) - 1)
 
     def restart_all(self) -> None:
-        """Preempt every running sequence and forget all prefixes: the weights change."""
+        """Preempt every running sequence and forget all prefixes: the weights change. No step is
+        in flight; what prompts whose answers have not begun were read for is read again."""
+        self._release_done()
         for seq in list(self.running):
             self._preempt(seq)
+        for _, seq in self._waiting:
+            if len(seq.tokens) == seq.num_prompt:
+                seq.unread = read_positions(seq.request)
         self.pool.forget_all()
 
     def check(self) -> None:
@@ -123,7 +131,7 @@ class Scheduler:
         if seq.pending:  # preempted, and its last tokens are still on their way
             return None
         hits = self._find_prefix(seq)
-        needed = self._pages_for(seq.length + 1) - len(hits) + self.pool.num_unheld(hits)
+        needed = self._pages_for(seq.end + seq.generates) - len(hits) + self.pool.num_unheld(hits)
         needed += self._pages_for(seq.num_encoded)
         # Alone, a sequence always fits; beside others, only if its whole prompt does.
         return seq if needed <= self.pool.num_free or not self.running else None
@@ -134,13 +142,13 @@ class Scheduler:
         for seq in self._in_order():
             if seq.slot is None or not seq.schedulable or not budget:
                 continue  # the first: preempted in this loop
-            count = min(seq.length - seq.computed, budget)
+            count = min(seq.end - seq.computed, budget)
             if self._reserve(seq, seq.computed + count, chunks):
                 chunks[seq] = self._advance(seq, count, admitted=False)
                 budget -= count
         while budget > 0 and (seq := self._next_waiting()) is not None:
             self._admit(seq)
-            count = min(seq.length - seq.computed, budget)
+            count = min(seq.end - seq.computed, budget)
             if not self._reserve(seq, seq.computed + count, chunks):
                 break
             chunks[seq] = self._advance(seq, count, admitted=True)
@@ -148,6 +156,7 @@ class Scheduler:
             budget -= count + seq.num_encoded
         if not chunks:
             return None
+        self._leaving = [seq for seq in chunks if seq.done]
         return Forward(chunks=tuple(sorted(chunks.values(), key=lambda c: c.count > 1)))
 
     def _decode(self) -> Decode | None:
@@ -191,12 +200,17 @@ class Scheduler:
                 self.prefix_hits += seq.num_cached
 
     def _advance(self, seq: Sequence, count: int, *, admitted: bool) -> Chunk:
-        start = seq.computed
+        start, unread = seq.computed, seq.unread
         seq.computed += count
         samples = seq.computed == seq.length and seq.remaining > 0
+        reads = range(max(unread.start, start), min(unread.stop, seq.computed))
+        if reads:
+            seq.unread = range(reads.stop, unread.stop)
         self._remember(seq, len(seq.tokens))
         seq.pending += samples
-        return Chunk(seq=seq, start=start, count=count, samples=samples, admitted=admitted)
+        return Chunk(
+            seq=seq, start=start, count=count, samples=samples, reads=reads, admitted=admitted
+        )
 
     def _reserve(self, seq: Sequence, length: int, scheduled: dict) -> bool:
         """Give `seq` pages for so many tokens, preempting the last in order if none are left.
@@ -214,6 +228,7 @@ class Scheduler:
     def _preempt(self, seq: Sequence) -> None:
         """Back to the queue; its KV is computed again from its tokens when its turn comes."""
         self._release(seq)
+        seq.computed = seq.remembered = 0
         self.num_preemptions += 1
         self.add(seq)
 
@@ -223,7 +238,13 @@ class Scheduler:
         self.pool.give(seq.pages)
         self.pool.give(seq.encoder_pages)
         seq.slot, seq.pages, seq.encoder_pages = None, [], []
-        seq.computed = seq.remembered = 0
+
+    def _release_done(self) -> None:
+        """The next step may take what they hold: it runs after theirs."""
+        for seq in self._leaving:
+            if seq.slot is not None:
+                self._release(seq)
+        self._leaving = []
 
     def _pages_for(self, length: int) -> int:
         return -(-length // self.plan.page_size)
@@ -235,22 +256,20 @@ class Scheduler:
         )
 
     def _cacheable(self, seq: Sequence) -> bool:
-        """Log-probabilities of the prompt need its every token computed anew; what a decoder makes
-        of its tokens hangs on the encoder's."""
-        if seq.num_encoded or seq.request.sampling.prompt_logprobs is not None:
-            return False
-        return self._caching
+        """What a decoder makes of its tokens hangs on the encoder's."""
+        return self._caching and not seq.num_encoded
 
     def _find_prefix(self, seq: Sequence) -> list[int]:
-        """Cached pages of its tokens; one token at least is left to compute."""
-        if not self._cacheable(seq):
+        """Cached pages of its tokens; the last, and what is to be read, is left to compute."""
+        most = seq.unread.start if seq.unread else seq.end - 1
+        if not self._cacheable(seq) or most < self.plan.page_size:
             return []
         self._extend_keys(seq)
-        return self.pool.find(seq.keys[: (seq.length - 1) // self.plan.page_size])
+        return self.pool.find(seq.keys[: most // self.plan.page_size])
 
     def _remember(self, seq: Sequence, known: int) -> None:
         """Offer the pages that are full of computed tokens, the first `known`, as prefixes."""
-        if not self._caching or seq.num_encoded:
+        if not self._cacheable(seq):
             return
         full = min(seq.computed, known) // self.plan.page_size
         if full > seq.remembered:

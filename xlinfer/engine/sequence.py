@@ -29,6 +29,12 @@ class Sequence:
     num_cached: int | None = None  # prompt tokens found in the prefix cache at first admission
     finished: bool = False
     seed: int | None = None  # drawn when it is first admitted, for requests that name none
+    # Prompt positions whose hidden states no step has been given to read. What steps in flight read
+    # arrives, even if the sequence is preempted meanwhile.
+    unread: range = field(init=False)
+
+    def __post_init__(self):
+        self.unread = read_positions(self.request)
 
     @property
     def length(self) -> int:
@@ -55,12 +61,34 @@ class Sequence:
         return self.max_length - self.length
 
     @property
+    def generates(self) -> bool:
+        """Else all that is asked for is told by hidden states of its prompt."""
+        return self.max_length > self.num_prompt
+
+    @property
+    def end(self) -> int:
+        """Positions that are to be computed, as far as is known by now."""
+        return self.length if self.generates else max(self.unread.stop, 1)
+
+    @property
     def prefilling(self) -> bool:
-        """More than the latest token awaits its KV, or that one's is all that is asked for."""
-        scored_only = self.max_length == self.num_prompt
-        return self.computed < self.length - (not scored_only)
+        """More awaits its KV than the latest token of an answer."""
+        return self.computed < self.end - self.generates
+
+    @property
+    def done(self) -> bool:
+        """The step that ends it is scheduled, and it will not need another."""
+        return not self.generates and self.computed >= self.end
 
     @property
     def schedulable(self) -> bool:
         """False while its last tokens are on their way."""
         return self.prefilling or self.remaining > 0
+
+
+def read_positions(request: Request) -> range:
+    """Prompt positions whose hidden states tell what is asked of the prompt: a token's
+    log-probability is told by the one before it."""
+    if request.sampling.prompt_logprobs is None:
+        return range(0)
+    return range(max(request.score_from - 1, 0), len(request.prompt_token_ids) - 1)

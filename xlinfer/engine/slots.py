@@ -51,6 +51,7 @@ def check_request(request: Request, vocab_size: int, plan: Plan) -> None:
             raise InvalidRequest(
                 name, f"{name} may ask for at most {max_logprobs} tokens here, got {asked}."
             )
+    _check_score_from(request)
     if not all(0 < len(word) <= BAD_WORD_LENGTH for word in request.bad_words_token_ids):
         message = f"A bad word must have 1 to {BAD_WORD_LENGTH} tokens."
         raise InvalidRequest("bad_words", message)
@@ -59,6 +60,18 @@ def check_request(request: Request, vocab_size: int, plan: Plan) -> None:
     if len(stop_ids(request)) > STOP_IDS:
         message = f"At most {STOP_IDS} tokens may end an answer, the model's own included."
         raise InvalidRequest("stop_token_ids", message)
+
+
+def _check_score_from(request: Request) -> None:
+    if request.sampling.prompt_logprobs is None and request.score_from:
+        message = "score_from is of prompt_logprobs, and none are asked for."
+        raise InvalidRequest("score_from", message)
+    last = len(request.prompt_token_ids) - 1
+    if not 0 <= request.score_from <= last:
+        raise InvalidRequest(
+            "score_from",
+            f"score_from must be a position of the prompt, 0 to {last}, got {request.score_from}.",
+        )
 
 
 def _check_encoder(request: Request, plan: Plan) -> None:
