@@ -11,7 +11,7 @@ from pallas_kernels.devices import DEVICES
 from xlinfer.kvcache import CacheSpec
 from xlinfer.mesh import make_mesh
 from xlinfer.plan import make_plan
-from xlinfer.programs import Programs, forward_shapes, pack, score_shapes, unpack
+from xlinfer.programs import PoolInput, Programs, forward_shapes, pack, score_shapes, unpack
 from xlinfer.sampling import empty_slots
 
 
@@ -56,6 +56,14 @@ def test_prompt_logprobs_never_hold_all_logits():
     memory = compiled.memory_analysis()
     assert memory is not None
     assert memory.temp_size_in_bytes + memory.output_size_in_bytes < 4096 * 20_000 * 4 / 10
+
+
+def test_a_neighbours_infinity_is_not_pooled():
+    programs, _ = programs_for(Head(), max_num_batched_tokens=8)
+    hidden_TD = jnp.ones((8, 4)).at[:3].set(jnp.inf)
+    x = PoolInput(np.array([0, 3, 0, 0]), np.array([3, 8, 0, 0]), np.int32(2))
+    sums_RD = np.asarray(programs.pool(hidden_TD, jnp.asarray(pack(x))))
+    assert np.isinf(sums_RD[0]).all() and (sums_RD[1] == 5).all() and not sums_RD[2:].any()
 
 
 def test_an_input_is_what_was_packed():

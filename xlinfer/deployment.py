@@ -29,6 +29,7 @@ from xlinfer.programs import (
     decode_shapes,
     encode_shapes,
     forward_shapes,
+    pool_shapes,
     sample_shapes,
     score_shapes,
 )
@@ -156,6 +157,8 @@ class Deployment:
         jobs["sample", 0] = Job(programs.sample, sample, (1,), (slot_lies, whole))
         score = (params, states(largest), packed(score_shapes(plan)))
         jobs["score", 0] = Job(programs.score, score, (), whole)
+        pool = (states(largest), packed(pool_shapes(plan)))
+        jobs["pool", 0] = Job(programs.pool, pool, (), whole)
         jobs["admit", 0] = Job(programs.admit, _admit_args(slots, place), (0,), slot_lies)
         jobs["allocate", 0] = Job(partial(self.spec.zeros, mesh), (), (), cache)
         return jobs

@@ -2,9 +2,9 @@
 
 `forward` runs the model over a step's tokens (one program a token bucket), `sample` turns the
 last hidden states into tokens, `decode` does both for several tokens on the device (one a row
-bucket), `score` gives log-probabilities of known tokens, `admit` sets a request's slot, `encode`
-reads its prompt where the model has an encoder (one a token bucket). Every step's small inputs
-travel as one int32 vector (`pack`).
+bucket), `score` gives log-probabilities of known tokens, `pool` sums hidden states, `admit` sets a
+request's slot, `encode` reads its prompt where the model has an encoder (one a token bucket). Every
+step's small inputs travel as one int32 vector (`pack`).
 
 T tokens of the step   R rows   Z slots   M pages per row   V vocabulary   W decode window
 """
@@ -86,6 +86,12 @@ class ScoreInput(NamedTuple):
     tops: Ints  # 0 or 1: whether the most likely tokens are wanted
 
 
+class PoolInput(NamedTuple):
+    start_R: Ints  # of the forward's hidden states, where a row's begin
+    end_R: Ints
+    num_rows: Ints
+
+
 class DecodeInput(NamedTuple):
     slot_R: Ints
     length_R: Ints
@@ -160,6 +166,11 @@ def sample_shapes(plan: Plan) -> SampleInput:
 def score_shapes(plan: Plan) -> ScoreInput:
     one_T = _whole(plan.max_num_batched_tokens)
     return ScoreInput(one_T, one_T, _whole(), _whole())
+
+
+def pool_shapes(plan: Plan) -> PoolInput:
+    one_R = _whole(plan.max_num_seqs)
+    return PoolInput(one_R, one_R, _whole())
 
 
 def decode_shapes(plan: Plan, rows: int) -> DecodeInput:
@@ -307,6 +318,20 @@ class Programs:
 
         nothing = no_logprobs(T, most, model.vocab_size)
         return lax.fori_loop(0, (x.num_rows + size - 1) // size, some, nothing)
+
+    def pool(self, hidden_TD: Float[Array, "T D"], packed: Int[Array, " n"]) -> Float[Array, "R D"]:
+        """Float32 sums of each row's hidden states. Row by row, and not by a product with ones
+        and zeros, in which a neighbour's infinity would be everybody's NaN."""
+        x = unpack(packed, pool_shapes(self.plan))
+        (T, D), R = hidden_TD.shape, len(x.start_R)
+        t_T1 = jnp.arange(T)[:, None]
+
+        def row(r, sum_RD):
+            own_T1 = (x.start_R[r] <= t_T1) & (t_T1 < x.end_R[r])
+            own_TD = jnp.where(own_T1, hidden_TD.astype(jnp.float32), 0.0)
+            return sum_RD.at[r].set(own_TD.sum(0))
+
+        return lax.fori_loop(0, x.num_rows, row, jnp.zeros((R, D)))
 
     def admit(
         self,

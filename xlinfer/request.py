@@ -6,9 +6,14 @@ written against it runs unchanged.
 
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
+
+import numpy as np
 
 FinishReason = Literal["stop", "length", "abort"]
+# Of a prompt's hidden states after the final norm: the last, their mean, the first.
+Pooling = Literal["last", "mean", "cls"]
+POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
 
 # Bounds that keep one request from costing more than its tokens. All are answered with
 # InvalidRequest, never by truncation.
@@ -185,7 +190,9 @@ class Request:
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
-    sampling: SamplingParams
+    sampling: SamplingParams = SamplingParams()
+    # Nothing is generated: the answer is TokenOutput.pooled, and `sampling` is not looked at.
+    pooling: Pooling | None = None
     # What the encoder reads of an encoder-decoder model; prompt_token_ids are its decoder's first.
     encoder_token_ids: tuple[int, ...] = ()
     eos_token_ids: tuple[int, ...] = ()  # end the answer unless sampling.ignore_eos
@@ -223,6 +230,7 @@ class TokenOutput:
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     finish_reason: FinishReason | None = None
     stop_reason: int | None = None  # the stop_token_ids member that ended it; None for EOS
+    pooled: np.ndarray | None = None  # float32 [hidden size], not normalised; given with the end
     num_cached_tokens: int = 0  # prompt tokens whose KV was found in the prefix cache
 
 

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from pallas_kernels.devices import DEVICES
 from tests.checkpoints import GOLDENS
 from tests.engine.test_engine import drain, run
 from xlinfer.engine.engine import Engine
+from xlinfer.models.causal_lm import causal_attend
 from xlinfer.request import InvalidRequest, Request, SamplingParams, TokenOutput
 from xlinfer.weights import load_model
 
@@ -135,3 +137,61 @@ def test_score_from_is_a_position_of_the_prompt(tight, start):
 def test_score_from_needs_prompt_logprobs(tight):
     with pytest.raises(InvalidRequest, match="of prompt_logprobs"):
         tight.add_request(scored("a", (5, 6, 7), 1, sampling=GREEDY))
+
+
+def pooled(name, prompt, how, **fields) -> Request:
+    return Request(request_id=str(name), prompt_token_ids=tuple(prompt), pooling=how, **fields)
+
+
+@pytest.fixture(scope="module")
+def hidden(model):
+    """The last hidden states of the plain forward, which end with the final norm."""
+    attend = causal_attend(DEVICES["cpu"], None)
+
+    @nnx.jit
+    def plain(model, tokens_BT):
+        pos_BT = jnp.arange(48)[None]
+        return model.hidden(tokens_BT, pos_BT, attend, None, context_len=48)[0]
+
+    def forward(prompt: Sequence[int]) -> np.ndarray:
+        padded = np.zeros((1, 48), np.int32)
+        padded[0, : len(prompt)] = prompt
+        return np.asarray(plain(model, jnp.asarray(padded)))[0, : len(prompt)]
+
+    return forward
+
+
+POOLED = {"last": lambda x: x[-1], "mean": lambda x: x.mean(0), "cls": lambda x: x[0]}
+
+
+@pytest.mark.parametrize("how", POOLED)
+def test_embeddings_are_pooled_hidden_states(tight, hidden, how):
+    """Of prompts in several chunks, among scores and answers that drive them out."""
+    tight.reset_prefix_cache()
+    shared = tokens(4, 13)
+    prompts = {str(i): (shared + tokens(i, 30))[: 1 + 5 * i] for i in range(9)}
+    requests = [pooled(name, prompt, how) for name, prompt in prompts.items()]
+    grows = SamplingParams(temperature=0, max_tokens=24)
+    others = [scored(f"s{i}", shared + tokens(60 + i, 5), 13, priority=i % 2) for i in range(3)] + [
+        Request(request_id=f"a{i}", prompt_token_ids=tokens(i, 8), sampling=grows, priority=-1)
+        for i in range(3)
+    ]
+    before = tight.stats().num_preemptions
+    got = run(tight, [*others, *requests[::-1]])
+    assert tight.stats().num_preemptions > before
+    for name, prompt in prompts.items():
+        out = got[name]
+        assert (out.token_ids, out.finish_reason, out.prompt_logprobs) == ([], "length", None)
+        assert out.pooled is not None and out.pooled.dtype == np.float32
+        np.testing.assert_allclose(out.pooled, POOLED[how](hidden(prompt)), atol=ATOL)
+    run(tight, [pooled("a", prompts["8"], how)])
+    again = run(tight, [pooled("a", prompts["8"], how)])["a"]
+    assert again.num_cached_tokens == (40 if how == "last" else 0)
+    assert not tight._outputs._sums
+
+
+@pytest.mark.parametrize("how", ["max", ""])
+def test_an_unknown_pooling_is_refused(tight, how):
+    with pytest.raises(InvalidRequest, match="one of last, mean, cls") as error:
+        tight.add_request(pooled("a", (5, 6), how))
+    assert error.value.param == "pooling"

@@ -17,6 +17,7 @@ from converters import read_scheme
 from converters.quantization import KEYS
 from xlinfer.commands.changes import Change
 from xlinfer.commands.sizing import Planned, Wish
+from xlinfer.compile import SINGLE
 from xlinfer.deployment import activation_bytes, bytes_on_one, sampler_bytes
 from xlinfer.plan.collectives import Collective
 from xlinfer.plan.roofline import (
@@ -166,8 +167,7 @@ def _programs(planned: Planned) -> dict[str, Any]:
     buckets = sum(len(plan[name]) for name in names if name.endswith("buckets"))
     return {
         **{name: plan[name] for name in (*names, *others)},
-        # Beside the buckets': sample, score, admit, allocate.
-        "count": buckets + 4,
+        "count": buckets + len(SINGLE),
         "attention_impl": planned.deployment.spec.impl,
     }
 

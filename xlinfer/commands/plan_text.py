@@ -104,7 +104,7 @@ def _programs(made: dict[str, Any]) -> str:
         ("forward, tokens", listed("token_buckets")),
         ("decode, rows", listed("decode_buckets")),
         *([("encode, tokens", listed("encode_buckets"))] if programs["encode_buckets"] else []),
-        ("others", f"sample score admit allocate; attention by {programs['attention_impl']}"),
+        ("others", f"sample score pool admit allocate; attention by {programs['attention_impl']}"),
     ]
     return _block(f"Programs, {programs['count']} to compile", rows)
 

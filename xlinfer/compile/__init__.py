@@ -41,6 +41,7 @@ COMPILER_OPTIONS: Mapping[str, Mapping[str, Any]] = {  # by platform, then by de
     "tpu7x": {"xla_tpu_control_large_2nd_minor_layout_for_x16": False},
 }
 
+SINGLE = ("sample", "score", "pool", "admit", "allocate")  # programs of one bucket
 Key = tuple[str, int]  # a program's name and its bucket, 0 where there is one
 Say = Callable[[str], None]
 
@@ -52,13 +53,14 @@ class Executables:
     encode: dict[int, Compiled]  # by token bucket; empty without an encoder
     sample: Compiled
     score: Compiled
+    pool: Compiled
     admit: Compiled
     allocate: Compiled
 
     @classmethod
     def of(cls, programs: Mapping[Key, Compiled]) -> "Executables":
         by_bucket = lambda kind: {size: p for (name, size), p in programs.items() if name == kind}
-        one = {name: programs[name, 0] for name in ("sample", "score", "admit", "allocate")}
+        one = {name: programs[name, 0] for name in SINGLE}
         return cls(
             forward=by_bucket("forward"),
             decode=by_bucket("decode"),

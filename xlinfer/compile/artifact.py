@@ -35,6 +35,7 @@ from xlinfer.programs import (
     decode_shapes,
     encode_shapes,
     forward_shapes,
+    pool_shapes,
     sample_shapes,
     score_shapes,
 )
@@ -295,6 +296,7 @@ def _check_call(name: str, key: Sequence[Any], description: Mapping[str, Any], o
         "decode": lambda: [packed(decode_shapes(plan, key[1]))],
         "encode": lambda: [packed(encode_shapes(key[1]))],
         "sample": lambda: [packed(sample_shapes(plan))],
+        "pool": lambda: [packed(pool_shapes(plan))],
         "score": lambda: [packed(score_shapes(plan))],
         "admit": lambda: [
             list(x.shape) for x in jax.tree.leaves(empty_slots(plan.max_num_seqs + 1, vocab))

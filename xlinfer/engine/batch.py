@@ -14,6 +14,7 @@ from xlinfer.programs import (
     Encoded,
     EncodeInput,
     ForwardInput,
+    PoolInput,
     SampleInput,
     ScoreInput,
 )
@@ -109,7 +110,7 @@ class Batcher:
         them; None when there are none."""
         row_S, token_S, tops, t = [], [], 0, 0
         for chunk in step.chunks:
-            if reads := chunk.reads:
+            if (reads := chunk.reads) and chunk.seq.request.pooling is None:
                 first = t + reads.start - chunk.start
                 row_S += range(first, first + len(reads))
                 request = chunk.seq.request
@@ -122,6 +123,21 @@ class Batcher:
         return ScoreInput(
             _padded(row_S, size), _padded(token_S, size), np.int32(len(row_S)), np.int32(tops)
         )
+
+    def pool(self, step: Forward) -> PoolInput | None:
+        """Where the hidden states lie that are pooled, a row each chunk; None when there are
+        none."""
+        spans, t = [], 0
+        for chunk in step.chunks:
+            if (reads := chunk.reads) and chunk.seq.request.pooling:
+                first = t + reads.start - chunk.start
+                spans.append((first, first + len(reads)))
+            t += chunk.count
+        if not spans:
+            return None
+        starts, ends = zip(*spans, strict=True)
+        rows = self._plan.max_num_seqs
+        return PoolInput(_padded([*starts], rows), _padded([*ends], rows), np.int32(len(spans)))
 
     def _write_pages(self, seqs: Iterable[Sequence]) -> None:
         for seq in seqs:

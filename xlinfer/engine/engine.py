@@ -136,7 +136,8 @@ class Engine:
         if request.request_id in self._sequences:
             message = f"The request id {request.request_id!r} is in use."
             raise InvalidRequest("request_id", message)
-        prompt, most = request.prompt_token_ids, request.sampling.max_tokens
+        prompt = request.prompt_token_ids
+        most = 0 if request.pooling else request.sampling.max_tokens
         longest = self.plan.max_model_len
         seq = Sequence(
             request=request,

@@ -1,8 +1,10 @@
 """Results of finished steps -> what each request is told."""
 
+import numpy as np
+
 from xlinfer.engine.runner import InFlight
 from xlinfer.engine.scheduler import Chunk, Forward, Scheduler
-from xlinfer.engine.sequence import Sequence
+from xlinfer.engine.sequence import Sequence, read_positions
 from xlinfer.request import FinishReason, TokenLogprobs, TokenOutput
 from xlinfer.sampling import Logprobs
 
@@ -13,7 +15,9 @@ class Outputs:
     def __init__(self):
         self.prompt_tokens = self.generation_tokens = 0
         self.ready: dict[str, TokenOutput] = {}
-        self._prompt_logprobs: dict[Sequence, list[TokenLogprobs | None]] = {}  # of those read
+        # What was read of prompts, until it is told.
+        self._prompt_logprobs: dict[Sequence, list[TokenLogprobs | None]] = {}
+        self._sums: dict[Sequence, np.ndarray] = {}  # float64: chunks are cut where load says
 
     def take(self) -> list[TokenOutput]:
         ready, self.ready = list(self.ready.values()), {}
@@ -23,21 +27,25 @@ class Outputs:
         """Nobody wants its news any more."""
         self.ready.pop(seq.request.request_id, None)
         self._prompt_logprobs.pop(seq, None)
+        self._sums.pop(seq, None)
 
     def forget_prompts(self) -> None:
         """What was read of prompts so far is read again."""
         self._prompt_logprobs.clear()
+        self._sums.clear()
 
     def receive(self, done: InFlight, scheduler: Scheduler) -> list[Sequence]:
         """Give every sequence of the step its tokens; returns those that are finished."""
-        sampled, scores = done.fetch()
+        sampled, scores, sums = done.fetch()
         finished: list[Sequence | None] = []
         if isinstance(done.step, Forward):
             if scores is not None:
                 self._note_scores(done.step, scores)
+            if sums is not None:
+                self._note_sums(done.step, sums)
             sampling = [chunk.seq for chunk in done.step.chunks if chunk.samples]
             promised = [1] * len(sampling)
-            finished += [self._finish_scored(chunk) for chunk in done.step.chunks]
+            finished += [self._finish_read(chunk) for chunk in done.step.chunks]
         else:
             sampling, promised = done.step.seqs, done.step.gains
         if sampled is not None:
@@ -71,21 +79,32 @@ class Outputs:
         out.finish_reason, out.stop_reason = _ending(seq)
         return seq if out.finish_reason else None
 
-    def _finish_scored(self, chunk: Chunk) -> Sequence | None:
-        """The chunk's sequence, if it asked for its prompt's log-probabilities alone and now
-        has them."""
+    def _finish_read(self, chunk: Chunk) -> Sequence | None:
+        """The chunk's sequence, if all it asked for is told by its prompt, which is now read."""
         seq = chunk.seq
         if seq.finished or seq.generates or chunk.start + chunk.count < seq.end:
             return None
-        out = self._output(seq)
-        out.prompt_logprobs = self._take_prompt_logprobs(seq)
+        out, request = self._output(seq), seq.request
+        if request.pooling:
+            mean = self._sums.pop(seq) / len(read_positions(request))
+            out.pooled = mean.astype(np.float32)
+        else:
+            out.prompt_logprobs = self._take_prompt_logprobs(seq)
         out.finish_reason = "length"
         self.prompt_tokens += seq.num_prompt
         return seq
 
+    def _note_sums(self, step: Forward, sums_RD: np.ndarray) -> None:
+        pooled = [c.seq for c in step.chunks if c.reads and c.seq.request.pooling]
+        for r, seq in enumerate(pooled):
+            if not seq.finished:
+                self._sums[seq] = sums_RD[r] + self._sums.get(seq, np.float64(0))
+
     def _note_scores(self, step: Forward, scores: Logprobs) -> None:
         i = 0
         for seq, reads in ((chunk.seq, chunk.reads) for chunk in step.chunks if chunk.reads):
+            if seq.request.pooling:
+                continue
             if not seq.finished:
                 known = self._prompt_logprobs.setdefault(seq, [])
                 asked = seq.request.sampling.prompt_logprobs

@@ -22,14 +22,15 @@ class InFlight:
     step: Step
     sampled: Sampled | None
     scores: Logprobs | None  # of the prompt tokens that follow what was read
+    sums: jax.Array | None  # float32 [R, D], of the hidden states that were read for pooling
 
     @property
     def is_ready(self) -> bool:
-        return all(x.is_ready() for x in jax.tree.leaves((self.sampled, self.scores)))
+        return all(x.is_ready() for x in jax.tree.leaves((self.sampled, self.scores, self.sums)))
 
-    def fetch(self) -> tuple[Sampled | None, Logprobs | None]:
+    def fetch(self) -> tuple[Sampled | None, Logprobs | None, np.ndarray | None]:
         """As numpy arrays, waiting for the step to be done."""
-        return jax.tree.map(np.asarray, (self.sampled, self.scores))
+        return jax.tree.map(np.asarray, (self.sampled, self.scores, self.sums))
 
 
 class Runner:
@@ -57,24 +58,26 @@ class Runner:
                 self._admit(chunk.seq)
         tokens = self._plan.token_bucket(step.num_tokens)
         self._run(Call("forward", tokens, (pack(self._batcher.forward(step)),)))
-        sampled = scores = None
+        sampled = scores = sums = None
         if (sample := self._batcher.sample(step)) is not None:
             sampled = self._run(Call("sample", 0, (pack(sample),)))
             sampled = _asked(sampled, sample.wanted)
         if (score := self._batcher.score(step)) is not None:
             scores = self._run(Call("score", 0, (pack(score),)))
-        return self._in_flight(step, sampled, scores)
+        if (pool := self._batcher.pool(step)) is not None:
+            sums = self._run(Call("pool", 0, (pack(pool),)))
+        return self._in_flight(step, sampled, scores, sums)
 
     def _decode(self, step: Decode) -> InFlight:
         x = self._batcher.decode(step)
         sampled = self._run(Call("decode", len(x.slot_R), (pack(x),)))
-        return self._in_flight(step, _asked(sampled, x.wanted), None)
+        return self._in_flight(step, _asked(sampled, x.wanted))
 
-    def _in_flight(self, step, sampled, scores) -> InFlight:
+    def _in_flight(self, step, sampled, scores=None, sums=None) -> InFlight:
         if self._copies:
-            for array in jax.tree.leaves((sampled, scores)):
+            for array in jax.tree.leaves((sampled, scores, sums)):
                 array.copy_to_host_async()
-        return InFlight(step=step, sampled=sampled, scores=scores)
+        return InFlight(step=step, sampled=sampled, scores=scores, sums=sums)
 
     def _admit(self, seq: Sequence) -> None:
         """The sequence got its slot, for the first time or again after a preemption."""

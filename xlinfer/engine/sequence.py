@@ -89,6 +89,14 @@ class Sequence:
 def read_positions(request: Request) -> range:
     """Prompt positions whose hidden states tell what is asked of the prompt: a token's
     log-probability is told by the one before it."""
+    count = len(request.prompt_token_ids)
+    match request.pooling:
+        case "last":
+            return range(count - 1, count)
+        case "mean":
+            return range(count)
+        case "cls":
+            return range(1)
     if request.sampling.prompt_logprobs is None:
         return range(0)
-    return range(max(request.score_from - 1, 0), len(request.prompt_token_ids) - 1)
+    return range(max(request.score_from - 1, 0), count - 1)

@@ -6,7 +6,13 @@ import numpy as np
 
 from xlinfer.engine.sequence import Sequence
 from xlinfer.plan import Plan
-from xlinfer.request import MAX_LOGIT_BIAS, InvalidRequest, Request, SamplingParams
+from xlinfer.request import (
+    MAX_LOGIT_BIAS,
+    POOLINGS,
+    InvalidRequest,
+    Request,
+    SamplingParams,
+)
 from xlinfer.sampling import BAD_WORD_LENGTH, BAD_WORDS, NO_TOKEN, STOP_IDS, SlotParams, Wanted
 
 
@@ -23,7 +29,8 @@ def check_request(request: Request, vocab_size: int, plan: Plan) -> None:
     _check_encoder(request, plan)
     if not prompt:
         raise InvalidRequest("prompt", "The prompt must hold at least one token.")
-    room = max_model_len if sampling.max_tokens == 0 else max_model_len - 1
+    generates = request.pooling is None and sampling.max_tokens != 0
+    room = max_model_len - generates
     if len(prompt) > room:
         raise InvalidRequest(
             "prompt",
@@ -51,7 +58,7 @@ def check_request(request: Request, vocab_size: int, plan: Plan) -> None:
             raise InvalidRequest(
                 name, f"{name} may ask for at most {max_logprobs} tokens here, got {asked}."
             )
-    _check_score_from(request)
+    _check_reads(request)
     if not all(0 < len(word) <= BAD_WORD_LENGTH for word in request.bad_words_token_ids):
         message = f"A bad word must have 1 to {BAD_WORD_LENGTH} tokens."
         raise InvalidRequest("bad_words", message)
@@ -62,7 +69,10 @@ def check_request(request: Request, vocab_size: int, plan: Plan) -> None:
         raise InvalidRequest("stop_token_ids", message)
 
 
-def _check_score_from(request: Request) -> None:
+def _check_reads(request: Request) -> None:
+    if request.pooling not in (None, *POOLINGS):
+        known = ", ".join(POOLINGS)
+        raise InvalidRequest("pooling", f"pooling must be one of {known}; got {request.pooling!r}.")
     if request.sampling.prompt_logprobs is None and request.score_from:
         message = "score_from is of prompt_logprobs, and none are asked for."
         raise InvalidRequest("score_from", message)
@@ -90,6 +100,9 @@ def _check_encoder(request: Request, plan: Plan) -> None:
             f"This model's encoder reads at most {plan.max_model_len} tokens. However, your prompt "
             f"contains {len(read)} input tokens. Please reduce the length of the prompt.",
         )
+    if request.pooling is not None:
+        message = "Embeddings are of models without an encoder; this one has one."
+        raise InvalidRequest("pooling", message)
     if request.sampling.prompt_logprobs is not None:
         raise InvalidRequest(
             "prompt_logprobs",

@@ -11,8 +11,7 @@ from xlinfer.compile import Executables, Key
 from xlinfer.engine.ready import Ready
 from xlinfer.kvcache import Cache
 from xlinfer.mesh import on_mesh
-from xlinfer.programs import Sampled
-from xlinfer.sampling import Logprobs, Slots, empty_slots, slot_places
+from xlinfer.sampling import Slots, empty_slots, slot_places
 
 
 class Call(NamedTuple):
@@ -24,7 +23,7 @@ class Call(NamedTuple):
 
 
 # How many of a program's arguments lie on the device; what follows comes from the host.
-ON_DEVICE = {"forward": 3, "decode": 3, "encode": 2, "sample": 3, "score": 2, "admit": 1}
+ON_DEVICE = {"forward": 3, "decode": 3, "encode": 2, "sample": 3, "score": 2, "pool": 1, "admit": 1}
 
 
 def host_inputs(programs: Executables) -> dict[Key, Any]:
@@ -45,7 +44,7 @@ class Executor(Protocol):
 
     @property
     def params(self) -> tuple[jax.Array, ...]: ...
-    def run(self, call: Call) -> Sampled | Logprobs | None: ...
+    def run(self, call: Call) -> Any: ...
     def replace_params(self, params: tuple[jax.Array, ...]) -> None: ...
 
 
@@ -68,7 +67,7 @@ class Worker:
             jax.device_put(new, old.sharding) for new, old in zip(params, self.params, strict=True)
         )
 
-    def run(self, call: Call) -> Sampled | Logprobs | None:
+    def run(self, call: Call) -> Any:
         """Dispatch it; returns before the device is done. The arrays given back are whole on every
         device."""
         programs, bucket, inputs = self._run, call.bucket, call.inputs
@@ -90,6 +89,8 @@ class Worker:
                 return sampled
             case "score":
                 return programs.score(self.params, self._hidden_TD, *inputs)
+            case "pool":
+                return programs.pool(self._hidden_TD, *inputs)
             case "admit":
                 self._slots = programs.admit(self._slots, *inputs)
             case "encode":

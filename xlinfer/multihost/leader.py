@@ -40,7 +40,6 @@ from xlinfer.multihost.member import (
 from xlinfer.multihost.tunnel import lead_to
 from xlinfer.multihost.wire import Frame, Kind, WireError, derive
 from xlinfer.programs import Sampled
-from xlinfer.sampling import Logprobs
 
 STRANGERS = 64  # connections that are not proved yet
 
@@ -303,7 +302,7 @@ class Leading:
             "would keep theirs. Start the server again with the new weights."
         )
 
-    def run(self, call: Call) -> Sampled | Logprobs | None:
+    def run(self, call: Call) -> Any:
         """The others are told first, so that they begin while this host does."""
         digest, payload = self._calls.encode(call)
         self._leader.send(Kind.CALL, payload, digest)
