@@ -91,6 +91,9 @@ def _check_encoder(request: Request, plan: Plan) -> None:
             message = "The model has no encoder: give the prompt's tokens as prompt_token_ids."
             raise InvalidRequest("encoder_token_ids", message)
         return
+    if request.pooling is not None:
+        message = "Embeddings are of models without an encoder; this one has one."
+        raise InvalidRequest("pooling", message)
     if not read:
         message = "The prompt, which the model's encoder reads, must hold at least one token."
         raise InvalidRequest("prompt", message)
@@ -100,9 +103,6 @@ def _check_encoder(request: Request, plan: Plan) -> None:
             f"This model's encoder reads at most {plan.max_model_len} tokens. However, your prompt "
             f"contains {len(read)} input tokens. Please reduce the length of the prompt.",
         )
-    if request.pooling is not None:
-        message = "Embeddings are of models without an encoder; this one has one."
-        raise InvalidRequest("pooling", message)
     if request.sampling.prompt_logprobs is not None:
         raise InvalidRequest(
             "prompt_logprobs",

@@ -13,6 +13,8 @@ from xlinfer.serve.protocol import DetokenizeBody, TokenizeBody
 from xlinfer.serve.server import Server, off_loop
 from xlinfer.serve.text import check_token_ids
 
+_SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
+
 
 async def live(server: Server, request: Request) -> Response:
     """200 while the process answers."""
@@ -50,6 +52,18 @@ async def tokenize(server: Server, request: Request) -> Response:
     strings = server.tokenizer.token_strings(ids) if body.return_token_strs else None
     answer = {"count": len(ids), "max_model_len": server.plan.max_model_len, "tokens": ids}
     return json_response({**answer, "token_strs": strings})
+
+
+async def tokenizer_info(server: Server, request: Request) -> Response:
+    """What a client needs to write prompts itself: special tokens and the chat template."""
+    template = server.tokenizer.chat_template
+    return json_response(
+        {
+            **{name: server.tokenizer.special_tokens.get(name) for name in _SPECIAL},
+            "chat_template": None if template is None else template.source,
+            "model_max_length": server.plan.max_model_len,
+        }
+    )
 
 
 async def detokenize(server: Server, request: Request) -> Response:

@@ -8,14 +8,30 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
-from xlinfer.serve.admin import detokenize, live, metrics, ready, tokenize, version
+from xlinfer.serve.admin import (
+    detokenize,
+    live,
+    metrics,
+    ready,
+    tokenize,
+    tokenizer_info,
+    version,
+)
 from xlinfer.serve.chat import create_chat_completion
 from xlinfer.serve.completions import create_completion
+from xlinfer.serve.embeddings import create_embedding
 from xlinfer.serve.errors import KINDS, ServingError, serving_error
 from xlinfer.serve.jobs import ClientGone
 from xlinfer.serve.middleware import ApiKey, BodyLimit, RequestId
 from xlinfer.serve.openai import get_model, list_models
-from xlinfer.serve.protocol import Body, ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from xlinfer.serve.protocol import (
+    Body,
+    ChatBody,
+    CompletionBody,
+    DetokenizeBody,
+    EmbeddingBody,
+    TokenizeBody,
+)
 from xlinfer.serve.server import Server
 
 logger = logging.getLogger(__name__)
@@ -25,10 +41,12 @@ Handler = Callable[[Server, Request], Awaitable[Response]]
 ROUTES: tuple[tuple[str, str, Handler, type[Body] | None], ...] = (
     ("POST", "/v1/completions", create_completion, CompletionBody),
     ("POST", "/v1/chat/completions", create_chat_completion, ChatBody),
+    ("POST", "/v1/embeddings", create_embedding, EmbeddingBody),
     ("GET", "/v1/models", list_models, None),
     ("GET", "/v1/models/{model:path}", get_model, None),
     ("POST", "/tokenize", tokenize, TokenizeBody),
     ("POST", "/detokenize", detokenize, DetokenizeBody),
+    ("GET", "/tokenizer_info", tokenizer_info, None),
     ("GET", "/live", live, None),
     ("GET", "/ready", ready, None),
     ("GET", "/health", ready, None),

@@ -46,6 +46,7 @@ class ChatTemplate:
             tree = environment.parse(source)
         except TemplateError as error:
             raise ValueError(f"The chat template does not parse: {error}") from None
+        self.source = source
         self._special_tokens = dict(special_tokens)
         self._takes_parts = _loops_over_content(tree)
 

@@ -10,7 +10,7 @@ from xlinfer.request import InvalidRequest
 from xlinfer.serve.errors import json_response
 from xlinfer.serve.jobs import EventStream, Job, event, start_job, unless_gone
 from xlinfer.serve.params import MAX_SEQUENCES, check_streaming, sampling_params, truncated
-from xlinfer.serve.protocol import CompletionBody
+from xlinfer.serve.protocol import CompletionBody, EmbeddingBody
 from xlinfer.serve.responses import (
     Identity,
     TokenNames,
@@ -42,7 +42,7 @@ async def create_completion(server: Server, request: Request) -> Response:
     salt = server.cache_salt(request, body.cache_salt)
     texts = []
     for prompt in prompts:
-        ids = await _prompt_ids(server, body, prompt)
+        ids = await prompt_ids(server, body, prompt)
         kept = truncated(server, ids, body, max_tokens=body.max_tokens)
         text = prompt if isinstance(prompt, str) and kept is ids else None
         texts.append(
@@ -77,40 +77,47 @@ async def create_completion(server: Server, request: Request) -> Response:
     return EventStream(writer.frames(job), close=job.close)
 
 
-def read_prompts(prompt: object) -> list[str | list[int]]:
-    """The prompts of a text, token ids, or a list of either. Raises InvalidRequest."""
+def read_prompts(prompt: object, param: str = "prompt") -> list[str | list[int]]:
+    """The prompts of a text, token ids, or a list of either. Raises InvalidRequest naming
+    `param`."""
     if isinstance(prompt, str):
         return [prompt]
     if isinstance(prompt, list) and prompt:
         if all(type(item) is int for item in prompt):
             return [prompt]
         if len(prompt) > MAX_SEQUENCES:
-            message = f"prompt must hold at most {MAX_SEQUENCES} prompts, got {len(prompt)}."
-            raise InvalidRequest("prompt", message)
+            message = f"{param} must hold at most {MAX_SEQUENCES} prompts, got {len(prompt)}."
+            raise InvalidRequest(param, message)
         if all(isinstance(item, str) for item in prompt):
             return prompt
         lists: list = [item for item in prompt if isinstance(item, list) and item]
         if len(lists) == len(prompt) and all(type(id) is int for item in lists for id in item):
             return lists
     raise InvalidRequest(
-        "prompt",
-        "prompt must be a string, a list of strings, a non-empty list of token ids, or a list of "
+        param,
+        f"{param} must be a string, a list of strings, a non-empty list of token ids, or a list of "
         "such lists.",
     )
 
 
-async def _prompt_ids(server: Server, body: CompletionBody, prompt: str | list[int]) -> list[int]:
+async def prompt_ids(
+    server: Server,
+    body: CompletionBody | EmbeddingBody,
+    prompt: str | list[int],
+    param: str = "prompt",
+) -> list[int]:
+    """Raises InvalidRequest naming `param`."""
     if isinstance(prompt, list):
-        check_token_ids(prompt, server.vocab_size, "prompt")
+        check_token_ids(prompt, server.vocab_size, param)
         return prompt
     ids = await server.tokenize(
         prompt,
         add_special_tokens=body.add_special_tokens is not False,
-        param="prompt",
+        param=param,
         truncate=body.truncate_prompt_tokens is not None,
     )
     if not ids:
-        raise InvalidRequest("prompt", "prompt must not be empty: it has no tokens.")
+        raise InvalidRequest(param, f"{param} must not be empty: it has no tokens.")
     return ids
 
 

@@ -100,6 +100,7 @@ class LLM:
         return llm
 
     def _use(self, built: Built) -> None:
+        self.built = built
         self.engine, self.tokenizer = built.engine, built.tokenizer
         self._generation = built.generation
         self._ids = itertools.count()
@@ -143,24 +144,39 @@ class LLM:
     ) -> list[RequestOutput]:
         """Answers to one conversation or a list of them, each a list of
         {"role": ..., "content": ...}. As `generate` otherwise."""
-        template = self.tokenizer.chat_template
-        if template is None:
-            raise InvalidRequest(
-                "messages", "The model has no chat template: pass chat_template= to LLM."
-            )
         single = bool(messages) and isinstance(messages[0], Mapping)
         inputs = []
         for conversation in [messages] if single else messages:
-            checked, _ = check_messages(conversation)
-            text = template.render(
-                checked,
+            text = self.render(
+                conversation,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
-                kwargs=chat_template_kwargs,
+                chat_template_kwargs=chat_template_kwargs,
             )
             ids = self.tokenizer.encode(text, add_special_tokens=False, param="messages")
             inputs.append((text, ids))
         return self._run(inputs, sampling_params, use_tqdm, None)
+
+    def render(
+        self,
+        messages: object,
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        chat_template_kwargs: Mapping[str, object] | None = None,
+    ) -> str:
+        """What the chat template makes of one conversation. Raises InvalidRequest."""
+        if (template := self.tokenizer.chat_template) is None:
+            raise InvalidRequest(
+                "messages", "The model has no chat template: pass chat_template= to LLM."
+            )
+        checked, _ = check_messages(messages)
+        return template.render(
+            checked,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            kwargs=chat_template_kwargs,
+        )
 
     def _input(self, prompt: object, where: str) -> tuple[str | None, list[int]]:
         match prompt:

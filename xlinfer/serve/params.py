@@ -1,7 +1,7 @@
 """A request's fields as `SamplingParams`, checked against the context and the plan."""
 
 from xlinfer.request import InvalidRequest, SamplingParams
-from xlinfer.serve.protocol import SamplingBody
+from xlinfer.serve.protocol import SamplingBody, TruncatingBody
 from xlinfer.serve.server import Server, too_long
 
 MAX_SEQUENCES = 1024  # of one HTTP request: prompts times n
@@ -78,7 +78,7 @@ def check_streaming(body: SamplingBody) -> None:
 
 
 def truncated(
-    server: Server, ids: list[int], body: SamplingBody, *, max_tokens: int | None
+    server: Server, ids: list[int], body: TruncatingBody, *, max_tokens: int | None
 ) -> list[int]:
     """The prompt cut to `truncate_prompt_tokens` (-1: what the context holds beside max_tokens),
     keeping its end unless `truncation_side` is "right". Raises InvalidRequest."""

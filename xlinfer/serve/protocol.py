@@ -25,7 +25,17 @@ class StreamOptions(BaseModel):
     continuous_usage_stats: bool | None = None
 
 
-class SamplingBody(Body):
+class TruncatingBody(Body):
+    """What all that reads a prompt has in common."""
+
+    truncate_prompt_tokens: int | None = None
+    truncation_side: str | None = None
+    priority: int | None = Field(None, ge=-(2**31), lt=2**31)
+    request_id: str | None = Field(None, max_length=128, pattern=r"^[A-Za-z0-9._:-]+$")
+    cache_salt: str | None = Field(None, min_length=1, max_length=1024)
+
+
+class SamplingBody(TruncatingBody):
     """What completions and chat have in common."""
 
     n: int | None = None
@@ -49,13 +59,8 @@ class SamplingBody(Body):
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: bool | None = None
     prompt_logprobs: int | None = None
-    truncate_prompt_tokens: int | None = None
-    truncation_side: str | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
-    priority: int | None = Field(None, ge=-(2**31), lt=2**31)
-    request_id: str | None = Field(None, max_length=128, pattern=r"^[A-Za-z0-9._:-]+$")
-    cache_salt: str | None = Field(None, min_length=1, max_length=1024)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
@@ -77,6 +82,15 @@ class ChatBody(SamplingBody):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    add_special_tokens: bool | None = None
+
+
+class EmbeddingBody(TruncatingBody):
+    # Read by `completions.read_prompts`.
+    input: Any = None
+    encoding_format: str | None = None  # float or base64
+    dimensions: int | None = None
+    normalize: bool | None = None  # to length 1, unless false
     add_special_tokens: bool | None = None
 
 

@@ -10,7 +10,7 @@ from fastapi import Request
 
 from xlinfer.config import GenerationConfig
 from xlinfer.plan import Plan
-from xlinfer.request import InvalidRequest
+from xlinfer.request import InvalidRequest, Pooling
 from xlinfer.serve.engine_thread import EngineThread
 from xlinfer.serve.errors import ServingError
 from xlinfer.serve.fields import check_fields, header_value
@@ -29,6 +29,7 @@ class ServerOptions:
     served_model_names: tuple[str, ...]  # the first one is what answers carry
     created: int  # seconds since 1970, as /v1/models says
     api_keys: tuple[str, ...] = ()
+    pooling: Pooling = "last"  # of embeddings
     generation_config: str = "auto"  # "none": the API's own defaults
     max_queued_requests: int = 1024
     max_queued_tokens: int = 4 * 2**20

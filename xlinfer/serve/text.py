@@ -7,9 +7,12 @@ Results have vLLM's names and shapes (`RequestOutput`, `CompletionOutput`, `Logp
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
+
 from xlinfer.request import (
     FinishReason,
     InvalidRequest,
+    Pooling,
     Request,
     SamplingParams,
     TokenLogprobs,
@@ -76,7 +79,8 @@ class TextRequest:
     """One prompt and its n answers, of which it keeps the state.
 
     `decoder_start` is what the decoder of an encoder-decoder model begins with: the prompt is its
-    encoder's. Raises InvalidRequest when `sampling` cannot be put into tokens.
+    encoder's. With `pooling` there is no answer but `pooled`. Raises InvalidRequest when `sampling`
+    cannot be put into tokens.
     """
 
     def __init__(
@@ -89,6 +93,7 @@ class TextRequest:
         eos_token_ids: Sequence[int] = (),
         decoder_start: Sequence[int] = (),
         prompt: str | None = None,
+        pooling: Pooling | None = None,
         priority: int = 0,
         arrival_time: float = 0.0,
         cache_salt: str = "",
@@ -96,6 +101,7 @@ class TextRequest:
         self.request_id, self.prompt, self.sampling = request_id, prompt, sampling
         self.prompt_token_ids = tuple(prompt_token_ids)
         self.prompt_logprobs: list[TokenLogprobs | None] | None = None
+        self.pooled: np.ndarray | None = None
         self.num_cached_tokens = 0
         self.answers = [
             Answer(index, decoder_start or self.prompt_token_ids, sampling, tokenizer)
@@ -108,6 +114,7 @@ class TextRequest:
             encoder_token_ids=self.prompt_token_ids if decoder_start else (),
             sampling=sampling,
             eos_token_ids=tuple(eos_token_ids),
+            pooling=pooling,
             bad_words_token_ids=tokenize_bad_words(sampling.bad_words or (), tokenizer),
             priority=priority,
             arrival_time=arrival_time,
@@ -142,6 +149,7 @@ class TextRequest:
         if index == 0:
             self.num_cached_tokens = max(self.num_cached_tokens, output.num_cached_tokens)
             self.prompt_logprobs = output.prompt_logprobs or self.prompt_logprobs
+            self.pooled = output.pooled
         answer = self.answers[index]
         delta = answer.add(output)
         return delta, answer.stopped_by_string and output.finish_reason is None

@@ -5,6 +5,7 @@ import functools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import tokenizers
 
@@ -18,11 +19,16 @@ class Tokenizer:
     """`tokenizers` with what serving needs beside it: special ids, each token's bytes, the chat
     template (None when the model has none)."""
 
-    def __init__(self, backend: tokenizers.Tokenizer, chat_template: ChatTemplate | None = None):
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        chat_template: ChatTemplate | None = None,
+        special_tokens: Mapping[str, str] = MappingProxyType({}),  # "bos_token" and the like
+    ):
         # A tokenizer.json may carry the truncation and padding of the training run.
         backend.no_truncation()
         backend.no_padding()
-        self.chat_template = chat_template
+        self.chat_template, self.special_tokens = chat_template, special_tokens
         self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
         added = backend.get_added_tokens_decoder()
         self.special_ids = frozenset(id for id, token in added.items() if token.special)
@@ -42,7 +48,7 @@ class Tokenizer:
             held = read_gguf_tokenizer(gguf)
             source = held.chat_template if chat_template is None else _read_template(chat_template)
             template = None if source is None else ChatTemplate(source, held.special_tokens)
-            return cls(held.backend, template)
+            return cls(held.backend, template, held.special_tokens)
         if not path.is_file():
             raise ValueError(
                 f"{folder} has no tokenizer.json. Make one with transformers: "
@@ -56,7 +62,8 @@ class Tokenizer:
         config = _read_json(folder / "tokenizer_config.json")
         source = _template_source(folder, config, chat_template)
         special = {name: text for name, value in config.items() if (text := _token(name, value))}
-        return cls(backend, ChatTemplate(source, special) if source is not None else None)
+        template = None if source is None else ChatTemplate(source, special)
+        return cls(backend, template, special)
 
     def encode(
         self, text: str, *, add_special_tokens: bool = True, param: str = "prompt"
@@ -65,15 +72,16 @@ class Tokenizer:
 
         Raises InvalidRequest naming `param` for text that is not valid Unicode.
         """
-        if not text.isascii():
-            try:
-                text.encode()
-            except UnicodeEncodeError:
-                message = f"{param} is not valid Unicode: it holds half of a surrogate pair."
-                raise InvalidRequest(param, message) from None
+        check_unicode(text, param)
         # A batch of one: unlike `encode`, it releases the interpreter lock.
-        batch = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
-        return batch[0].ids
+        return self.encode_batch([text], add_special_tokens=add_special_tokens)[0]
+
+    def encode_batch(
+        self, texts: Sequence[str], *, add_special_tokens: bool = True
+    ) -> list[list[int]]:
+        """Token ids of each, on all cores. The texts are valid Unicode (`check_unicode`)."""
+        batch = self._backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
+        return [encoding.ids for encoding in batch]
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
@@ -111,6 +119,16 @@ class Tokenizer:
         if self._kinds & {"Metaspace", "Replace"}:
             return token.replace("\u2581", " ").encode()
         return self.decode([id], skip_special_tokens=False).encode()
+
+
+def check_unicode(text: str, param: str) -> None:
+    """Raises InvalidRequest naming `param` for a text that has no UTF-8."""
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            message = f"{param} is not valid Unicode: it holds half of a surrogate pair."
+            raise InvalidRequest(param, message) from None
 
 
 @functools.cache
