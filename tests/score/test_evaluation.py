@@ -3,19 +3,19 @@
 import json
 import subprocess
 import sys
+from typing import Any
 
+import datasets.config
 import pytest
+from lm_eval.api.instance import Instance
+from lm_eval.evaluator import simple_evaluate
+from lm_eval.tasks import TaskManager
 
-lm_eval = pytest.importorskip("lm_eval")
-
-from lm_eval.api.instance import Instance  # noqa: E402
-from lm_eval.tasks import TaskManager  # noqa: E402
-
-from tests.score.conftest import CONTEXT  # noqa: E402
-from xlinfer.eval import with_model  # noqa: E402
-from xlinfer.score.evaluation import XlinferLM  # noqa: E402
-from xlinfer.serve.build import DEMO_MODEL  # noqa: E402
-from xlinfer.serve.llm import LLM  # noqa: E402
+from tests.score.conftest import CONTEXT
+from xlinfer.eval import with_model
+from xlinfer.score.evaluation import XlinferLM
+from xlinfer.serve.build import DEMO_MODEL
+from xlinfer.serve.llm import LLM
 
 ATOL = 1e-3
 QUESTIONS = [
@@ -74,11 +74,9 @@ def model(built):
 
 @pytest.fixture(scope="module")
 def found(model, tasks, tmp_path_factory):
-    import datasets
-
     datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
     manager = TaskManager(include_path=str(tasks), include_defaults=False)
-    return lm_eval.simple_evaluate(
+    return simple_evaluate(
         model=model, tasks=list(TASKS), task_manager=manager, bootstrap_iters=0, log_samples=True
     )
 
@@ -117,8 +115,8 @@ def test_answers_are_greedy_to_the_stop(found, built, plain):
         assert sample["filtered_resps"] == [want]
 
 
-def instance(kind: str, *arguments) -> Instance:
-    return Instance(request_type=kind, doc={}, arguments=arguments, idx=0)  # type: ignore[arg-type]
+def instance(kind: Any, *arguments) -> Instance:
+    return Instance(request_type=kind, doc={}, arguments=arguments, idx=0)
 
 
 def test_long_contexts_are_cut_from_the_left(model, built, scores):

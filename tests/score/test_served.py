@@ -4,18 +4,20 @@ embeddings meet it: no model of ours on their side."""
 import asyncio
 import base64
 from importlib.util import find_spec
+from typing import Any
 
 import httpx
 import numpy as np
 import openai
 import pytest
-from lm_eval.models.openai_completions import LocalCompletionsAPI
+from lm_eval.models import openai_completions
 from lm_eval.utils import RemoteTokenizer, check_remote_tokenizer_support
 
 from tests.score.conftest import ATOL
 from tests.serve.fake_engine import RunningServer
 
 MODEL = "demo"
+LocalCompletionsAPI: Any = openai_completions.LocalCompletionsAPI  # its decorator hides its type
 CODE = "def add(a, b):\n    return a + b\n\n\ndef multiply(a, b):\n    return"
 
 
@@ -93,7 +95,7 @@ def test_local_completions_as_the_harness_runs_it(server, built, scores):
         base_url=f"{server.url}/v1/completions", model=MODEL, tokenizer_backend="remote",
         num_concurrent=2, batch_size=2, max_length=96,
     )  # fmt: skip
-    make = lambda kind, *a: Instance(request_type=kind, doc={}, arguments=a, idx=0)  # type: ignore
+    make = lambda kind, *a: Instance(request_type=kind, doc={}, arguments=a, idx=0)
     got = model.loglikelihood([make("loglikelihood", CODE, text) for text in CONTINUATIONS])
     start = len(built.tokenizer.encode(CODE))
     for text, (total, greedy) in zip(CONTINUATIONS, got, strict=True):
@@ -155,9 +157,12 @@ def test_embeddings_beside_answers(server, client):
 
     async def both():
         async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none") as many:
-            text = lambda: many.completions.create(model=MODEL, prompt=CODE, max_tokens=20)
-            vector = lambda: many.embeddings.create(model=MODEL, input=CODE)
-            return await asyncio.gather(*(make() for _ in range(6) for make in (text, vector)))
+            texts = [
+                many.completions.create(model=MODEL, prompt=CODE, max_tokens=20) for _ in range(6)
+            ]
+            vectors = [many.embeddings.create(model=MODEL, input=CODE) for _ in range(6)]
+            _, found = await asyncio.gather(asyncio.gather(*texts), asyncio.gather(*vectors))
+            return found
 
-    for answer in asyncio.run(both())[1::2]:
+    for answer in asyncio.run(both()):
         np.testing.assert_allclose(answer.data[0].embedding, alone, atol=ATOL)

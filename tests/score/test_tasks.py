@@ -13,7 +13,7 @@ from xlinfer.request import SamplingParams
 from xlinfer.score.options import TASKS, TaskOptions
 from xlinfer.score.pairs import Pair, encode_pairs
 from xlinfer.score.rows import BadRow, Row, Scored
-from xlinfer.score.scorer import make_scorer
+from xlinfer.score.scorer import QUEUED, SLICE, WINDOW, make_scorer
 from xlinfer.score.tasks.perplexity import windows
 from xlinfer.serve.llm import LLM
 
@@ -235,7 +235,7 @@ def test_rows_are_asked_for_as_there_is_room(built):
     found = make_scorer(built, TaskOptions(task="loglikelihood"))(endless())
     for done in range(1, 300):
         next(found)
-        assert asked <= done + 2 * 1024 + 256
+        assert asked <= done + (2 * WINDOW + SLICE + QUEUED + 1) * built.engine.plan.max_num_seqs
     found.close()  # type: ignore[attr-defined]
     while built.engine.has_work:
         built.engine.step()

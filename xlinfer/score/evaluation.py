@@ -20,7 +20,6 @@ from xlinfer.serve.llm import LLM
 from xlinfer.serve.text import TextRequest
 
 
-@register_model("xlinfer")
 class XlinferLM(TemplateLM):
     """`pretrained` is what `xlinfer.LLM` takes as its model, or an LLM that is there already; the
     rest of the harness's model_args are LLM's own arguments. The harness always sends a batch size
@@ -192,3 +191,6 @@ class XlinferLM(TemplateLM):
 def _arguments(request: Instance) -> tuple[str, Any]:
     context, asked = request.args  # type: ignore[misc]
     return context, asked
+
+
+register_model("xlinfer")(XlinferLM)  # as a decorator it would hide the type

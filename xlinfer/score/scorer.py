@@ -16,9 +16,10 @@ from xlinfer.score.tasks.perplexity import perplexity
 from xlinfer.score.work import Prepare, Work
 from xlinfer.serve.build import Built, TokenEngine
 
-WINDOW = 1024  # rows that are ordered by length among themselves
-SLICE = 64  # rows that are made ready between two steps
-QUEUED = 4  # requests in the engine for each row of a step: two steps in flight, two to choose from
+# For each row of a step:
+WINDOW = 16  # rows of a job that are ordered by length among themselves
+SLICE = 2  # rows that are made ready between two steps, which take one
+QUEUED = 4  # requests in the engine: two steps are in flight, and two wait
 
 
 def make_scorer(built: Built, options: TaskOptions) -> Scorer:
@@ -44,16 +45,16 @@ def make_scorer(built: Built, options: TaskOptions) -> Scorer:
 
 def score(engine: TokenEngine, prepare: Prepare, rows: Iterable[Row]) -> Iterator[Scored]:
     """Closing it early aborts what runs."""
-    rows, most = iter(rows), QUEUED * engine.plan.max_num_seqs
+    rows, fit = iter(rows), engine.plan.max_num_seqs
     coming: list[Work] = []  # of the next window
     ready: deque[Work] = deque()  # in order
     open_: dict[str, _Open] = {}  # by request id
     exhausted = False
     try:
         while True:
-            if not exhausted and len(coming) < WINDOW:
-                found = list(islice(rows, SLICE))
-                exhausted = len(found) < SLICE
+            if not exhausted and len(coming) < WINDOW * fit:
+                found = list(islice(rows, SLICE * fit))
+                exhausted = len(found) < SLICE * fit
                 for row, work in zip(found, prepare(found), strict=True):
                     if isinstance(work, BadRow):
                         yield Scored(row, work, 0)
@@ -61,7 +62,7 @@ def score(engine: TokenEngine, prepare: Prepare, rows: Iterable[Row]) -> Iterato
                         coming.append(work)
             if not ready and coming:
                 ready, coming = deque(sorted(coming, key=_order)), []
-            while ready and len(open_) < most:
+            while ready and len(open_) < QUEUED * fit:
                 if (bad := _start(engine, ready.popleft(), open_)) is not None:
                     yield bad
             if not open_ and not ready and exhausted:
