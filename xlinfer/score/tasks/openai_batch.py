@@ -115,7 +115,7 @@ class _Desk:
 
     async def _scored(self, row: Row) -> Scored:
         line: dict[str, Any] = {"id": f"batch_req_{uuid.uuid4().hex}"}
-        line |= {"custom_id": row.values["custom_id"], "response": None, "error": None}
+        line |= {"custom_id": row.values.get("custom_id"), "response": None, "error": None}
         if (error := _refusal(row)) is not None:
             return Scored(row, {**line, "error": error}, 0)
         body = dict(row.values["body"])
