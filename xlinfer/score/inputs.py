@@ -125,8 +125,9 @@ def _zstd_blocks(opened: BinaryIO) -> Iterator[bytes]:
         raise ValueError("zstandard is needed: pip install 'xlinfer[score]'") from None
 
     try:
+        # Little at a time: it may decompress to much.
         frame, started = zstandard.ZstdDecompressor().decompressobj(), False
-        while block := opened.read(BLOCK_BYTES // 8):
+        while block := opened.read(BLOCK_BYTES // 64):
             while block:
                 started = True
                 if out := frame.decompress(block):

@@ -7,6 +7,7 @@ in their order reads such a file once.
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from xlinfer.score.inputs import InputError, InputFile, blocks, check_unchanged, open_input
@@ -39,19 +40,17 @@ def lines(source: Iterator[bytes]) -> Iterator[Line]:
     rest, dropped = b"", 0
     for block in source:
         first, *others = block.split(b"\n")
-        if not others:
-            if dropped or len(rest) + len(first) > MAX_LINE_BYTES:
-                rest, dropped = b"", dropped + len(rest) + len(first)
-            else:
-                rest += first
-            continue
-        size = dropped + len(rest) + len(first)
-        yield Line(size + 1, None if size > MAX_LINE_BYTES else rest + first)
-        for line in others[:-1]:
-            yield Line(len(line) + 1, line)
-        rest, dropped = others[-1], 0
-    if rest or dropped:
-        yield Line(dropped + len(rest), rest if not dropped else None)
+        if dropped or len(rest) + len(first) > MAX_LINE_BYTES:
+            rest, dropped = b"", dropped + len(rest) + len(first)
+        else:
+            rest += first
+        if others:
+            yield Line(dropped + len(rest) + 1, None if dropped else rest)
+            for line in others[:-1]:
+                yield Line(len(line) + 1, line if len(line) <= MAX_LINE_BYTES else None)
+            rest, dropped = others[-1], 0
+    if size := dropped + len(rest):
+        yield Line(size, rest if size <= MAX_LINE_BYTES else None)
 
 
 def is_row(file: InputFile, line: Line) -> bool:
@@ -165,19 +164,20 @@ class Reader:
         return Row(number=number, id=name, values=values)
 
 
-def open_parquet(file: InputFile) -> Any:
+@contextmanager
+def open_parquet(file: InputFile) -> Iterator[Any]:
     """pyarrow's ParquetFile. Raises InputError."""
     try:
         import pyarrow
         from pyarrow.parquet import ParquetFile
     except ModuleNotFoundError:
         raise InputError(f"{file.url}: pyarrow is needed: pip install 'xlinfer[score]'") from None
-    opened = open_input(file)
-    try:
-        return ParquetFile(opened)
-    except (pyarrow.ArrowException, OSError) as error:
-        opened.close()
-        raise InputError(f"{file.url} is truncated or no Parquet file: {error}") from None
+    with open_input(file) as source:
+        try:
+            opened = ParquetFile(source)
+        except (pyarrow.ArrowException, OSError) as error:
+            raise InputError(f"{file.url} is truncated or no Parquet file: {error}") from None
+        yield opened
 
 
 def parquet_rows(
