@@ -9,6 +9,8 @@ import logging
 import os
 import re
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -49,6 +51,25 @@ def fetch(model: str | Path, revision: str | None, progress: Progress) -> str | 
             )
         return model
     name = str(model)
+    with _hub(name, revision) as hub:
+        return _snapshot(hub, name, revision, progress)
+
+
+def commit_of(name: str, revision: str | None) -> str:
+    """What `revision` of the repository `name` is now; where the hub cannot be reached, of what is
+    kept here. Nothing of weights is fetched. Raises CheckpointError."""
+    with _hub(name, revision) as hub:
+        try:
+            return hub.HfApi().model_info(name, revision=revision).sha
+        except (hub.errors.OfflineModeIsEnabled, ConnectionError, hub.errors.HTTPError) as error:
+            if isinstance(error, hub.errors.HfHubHTTPError):  # the hub has answered
+                raise
+            return _kept(hub, name, revision, error).name
+
+
+@contextmanager
+def _hub(name: str, revision: str | None) -> Iterator[Any]:
+    """The hub's library, what it raises as CheckpointError."""
     try:
         hub = import_module("huggingface_hub")
         errors = import_module("huggingface_hub.errors")
@@ -59,7 +80,7 @@ def fetch(model: str | Path, revision: str | None, progress: Progress) -> str | 
         ) from None
     asked = f"revision {revision!r} of {name}" if revision else name
     try:
-        return _snapshot(hub, name, revision, progress)
+        yield hub
     except errors.GatedRepoError:
         raise CheckpointError(
             f"{name} is gated: accept its terms on its page of the hub, then give a token ({TOKEN})"

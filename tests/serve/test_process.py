@@ -18,8 +18,8 @@ from tests.serve.fake_engine import DATA
 from xlinfer.compile.store import Store
 from xlinfer.flags import UsageError
 from xlinfer.progress import plain_progress, show_progress
-from xlinfer.serve.__main__ import engine_options, server_options_of
-from xlinfer.serve.flags import help_text, parse
+from xlinfer.serve.__main__ import server_options_of
+from xlinfer.serve.flags import engine_options, help_text, parse
 
 ROOT = Path(__file__).parents[2]
 # The real entry point, with an engine that answers "x " for ever in place of the model's.

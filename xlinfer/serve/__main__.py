@@ -15,8 +15,8 @@ from absl import flags
 from xlinfer.flags import UsageError, show
 from xlinfer.hub import is_repository
 from xlinfer.progress import show_progress
-from xlinfer.serve.build import DEMO_MODEL, DEMO_NAME, Built, EngineOptions, build
-from xlinfer.serve.flags import help_text, is_multihost, parse
+from xlinfer.serve.build import DEMO_NAME, Built, build
+from xlinfer.serve.flags import engine_options, help_text, is_multihost, parse
 from xlinfer.serve.lifecycle import end, listen, new_server, run
 from xlinfer.serve.server import ServerOptions
 
@@ -63,17 +63,6 @@ def main(argv: Sequence[str]) -> None:
     server = new_server(server_options, make)
     code = asyncio.run(run(server, listener, drain_timeout_s=values.drain_timeout_s))
     end(server, code)
-
-
-def engine_options(values: flags.FlagValues) -> EngineOptions:
-    same = EngineOptions.__dataclass_fields__.keys() - {"model", "compile_cache_dir", "artifact"}
-    cache = os.path.expanduser(values.compile_cache_dir) if values.compile_cache_dir else None
-    return EngineOptions(
-        model=values.model or (None if values.artifact else str(DEMO_MODEL)),
-        compile_cache_dir=cache,
-        artifact=values.artifact,
-        **{name: getattr(values, name) for name in same},
-    )
 
 
 def server_options_of(values: flags.FlagValues) -> ServerOptions:

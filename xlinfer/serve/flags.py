@@ -1,5 +1,6 @@
 """The server's command line: vLLM's flag names. Dashes and underscores are the same."""
 
+import os
 from collections.abc import Sequence
 from functools import partial
 
@@ -8,6 +9,7 @@ from absl import flags
 import xlinfer
 import xlinfer.flags
 from xlinfer.flags import UsageError, define_program_flags, define_revision
+from xlinfer.serve.build import DEMO_MODEL, EngineOptions
 
 # vLLM's name -> ours, of those that the server alone has.
 ALIASES = {
@@ -23,19 +25,61 @@ Flags may also stand in a file, one a line: --flagfile=FILE. Dashes and undersco
 """
 
 
+def define_engine_flags(values: flags.FlagValues) -> None:
+    """The fields of EngineOptions: of every command that runs a model."""
+    text = partial(flags.DEFINE_string, flag_values=values)
+    switch = partial(flags.DEFINE_bool, flag_values=values)
+    whole = partial(flags.DEFINE_integer, flag_values=values)
+    text("model", None, "Checkpoint folder, GGUF, or ORG/NAME of the hub. Default: the demo model.")
+    define_revision(values)
+    text("tokenizer", None, "Folder to take the tokenizer from. Default: the model's.")
+    text("chat_template", None, "Jinja file to use instead of the model's chat template.")
+    define_program_flags(values)
+    whole("tensor_parallel_size", 1, "Devices that share each layer.", 1)
+    whole(
+        "data_parallel_size",
+        1,
+        "Replicas of the model, each on so many devices; a request goes to the one that has least "
+        "to compute for it.",
+        1,
+    )
+    switch("enable_prefix_caching", True, "Reuse the KV of equal prefixes.")
+    whole("seed", 0, "Seed of sampling for requests without one.")
+    text(
+        "compile_cache_dir",
+        xlinfer.COMPILE_CACHE_DIR,
+        "Where compiled programs are kept for the next start; empty: nowhere.",
+    )
+    text(
+        "artifact",
+        None,
+        "What python -m xlinfer.compile wrote: start without tracing or compiling. With its own "
+        "weights it needs no model beside it.",
+    )
+    switch("allow_recompile", False, "Compile anew where the artifact does not fit.")
+
+
+def engine_options(values: flags.FlagValues) -> EngineOptions:
+    same = EngineOptions.__dataclass_fields__.keys() - {"model", "compile_cache_dir", "artifact"}
+    cache = os.path.expanduser(values.compile_cache_dir) if values.compile_cache_dir else None
+    return EngineOptions(
+        model=values.model or (None if values.artifact else str(DEMO_MODEL)),
+        compile_cache_dir=cache,
+        artifact=values.artifact,
+        **{name: getattr(values, name) for name in same},
+    )
+
+
 def define() -> flags.FlagValues:
     values = flags.FlagValues()
-    text = partial(flags.DEFINE_string, flag_values=values)
     names = partial(flags.DEFINE_list, flag_values=values)
+    text = partial(flags.DEFINE_string, flag_values=values)
     strings = partial(flags.DEFINE_multi_string, flag_values=values)
     one_of = partial(flags.DEFINE_enum, flag_values=values)
     switch = partial(flags.DEFINE_bool, flag_values=values)
     whole = partial(flags.DEFINE_integer, flag_values=values)
     number = partial(flags.DEFINE_float, flag_values=values)
-    text("model", None, "Checkpoint folder, GGUF, or ORG/NAME of the hub. Default: the demo model.")
-    define_revision(values)
-    text("tokenizer", None, "Folder to take the tokenizer from. Default: the model's.")
-    text("chat_template", None, "Jinja file to use instead of the model's chat template.")
+    define_engine_flags(values)
     names(
         "served_model_name",
         [],
@@ -50,17 +94,6 @@ def define() -> flags.FlagValues:
         "environment variable XLINFER_API_KEY, where other users do not see it. Guards every "
         "route but /live and /ready.",
     )
-    define_program_flags(values)
-    whole("tensor_parallel_size", 1, "Devices that share each layer.", 1)
-    whole(
-        "data_parallel_size",
-        1,
-        "Replicas of the model, each on so many devices; a request goes to the one that has least "
-        "to compute for it.",
-        1,
-    )
-    switch("enable_prefix_caching", True, "Reuse the KV of equal prefixes.")
-    whole("seed", 0, "Seed of sampling for requests without one.")
     one_of(
         "generation_config",
         "auto",
@@ -72,18 +105,6 @@ def define() -> flags.FlagValues:
     whole("max_request_bytes", 32 * 2**20, "Largest request body.", 1)
     number("drain_timeout_s", 30.0, "Seconds that answers have to finish on SIGTERM.", 0.0)
     switch("strict_fields", False, "Refuse request fields that no API defines.")
-    text(
-        "compile_cache_dir",
-        xlinfer.COMPILE_CACHE_DIR,
-        "Where compiled programs are kept for the next start; empty: nowhere.",
-    )
-    text(
-        "artifact",
-        None,
-        "What python -m xlinfer.compile wrote: start without tracing or compiling. With its own "
-        "weights it needs no model beside it.",
-    )
-    switch("allow_recompile", False, "Compile anew where the artifact does not fit.")
     _define_hosts(values)
     one_of("log_format", "text", ["text", "json"], "How log lines are written.")
     for alias, name in ALIASES.items():
