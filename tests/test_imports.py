@@ -21,7 +21,7 @@ def test_every_module_has_a_place_in_the_import_order():
 
 
 def test_host_logic_is_imported_without_jax():
-    modules = "xlinfer, xlinfer.config, xlinfer.request, xlinfer.plan"
+    modules = "xlinfer, xlinfer.config, xlinfer.request, xlinfer.plan, xlinfer.score.command"
     code = f"import sys, {modules}; print('jax' in sys.modules, 'flax' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout == "False False\n", done.stderr

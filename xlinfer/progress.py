@@ -1,8 +1,8 @@
 """What a long start-up shows: `progress(phase, done, total)`, called as work completes.
 
-Phases are "download", "load" and "write" (bytes of weights) and "compile" (programs); the first
-call of each says 0 of the total, so that its time is counted from the start. Any callable of that
-shape will do; `show_progress()` is the one for people.
+Phases are "download", "load" and "write" (bytes of weights), "compile" (programs) and "plan" (bytes
+of a job's input); the first call of each says 0 of the total, so that its time is counted from the
+start. Any callable of that shape will do; `show_progress()` is the one for people.
 """
 
 import sys
@@ -19,6 +19,7 @@ PHASES = {
     "load": ("Loading weights", "bytes"),
     "write": ("Writing weights", "bytes"),
     "compile": ("Compiling", "programs"),
+    "plan": ("Reading the input", "bytes"),
 }
 
 

@@ -137,15 +137,16 @@ class Spool:
     def __len__(self) -> int:
         return len(self._at)
 
-    def add(self, entry: Entry) -> None:
-        """The first that is added of a row counts."""
+    def add(self, entry: Entry) -> bool:
+        """The first that is added of a row counts; whether it is."""
         if entry.number in self._at:
-            return
+            return False
         self._file.write(entry.data)
         self._at[entry.number] = (self._end, len(entry.data), entry.ok)
         self._end += len(entry.data)
         self.tokens += entry.tokens
         self.failed += not entry.ok
+        return True
 
     def ordered(self, ok: bool) -> Iterator[bytes]:
         """The JSON of the rows that are answered, or of those that failed, by number."""

@@ -115,7 +115,8 @@ class ShardRunner:
         wanted = self._wanted(attempt)
         with Spool() as spool:
             for entry in logged(self.store, attempt.work):
-                spool.add(entry)
+                if spool.add(entry):
+                    self.on_row(entry.ok, 0)
             log = RowLog(self.store, f"{drafts}/log", self.stop)
             with closing(log):
                 way = _Way(spool=spool, log=log, on_row=self.on_row, step=self.step)
