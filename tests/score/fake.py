@@ -51,6 +51,7 @@ def job_of(*paths: Path | str, **changes: Any) -> Job:
     given: dict[str, Any] = {
         "inputs": find_inputs([str(path) for path in paths], None),
         "columns": {"prompt": "prompt"},
+        "optional": {},
         "id_column": "key",
         "rows_per_shard": 8,
         "output_format": "jsonl",

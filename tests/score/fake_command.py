@@ -2,15 +2,16 @@
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from absl import flags
 
 from tests.score import fake
 from xlinfer.score.command import main
-from xlinfer.score.flags import Task, Tasks
+from xlinfer.score.flags import Tasks
 from xlinfer.score.rows import Row, Scored
 from xlinfer.score.shard import Worker
 from xlinfer.serve.build import EngineOptions
@@ -18,8 +19,15 @@ from xlinfer.serve.build import EngineOptions
 HANGS = "row-12"
 
 
-@dataclass(frozen=True)
+class Task(NamedTuple):
+    about: str
+    columns: Mapping[str, str]
+    optional: Mapping[str, str] = {}
+
+
+@dataclass(frozen=True, kw_only=True)
 class Options:
+    task: str
     switches: str | None
 
 
@@ -42,11 +50,11 @@ def make_worker(options: EngineOptions, task: Options) -> Worker:
 
 TASKS = Tasks(
     table={
-        "fake": Task({"prompt": "prompt"}, "turns text round"),
-        "two": Task({"a": "a", "b": "b"}, "takes two columns"),
+        "fake": Task("Turns text round.", {"prompt": "prompt"}),
+        "two": Task("Takes two columns.", {"a": "a", "b": "b"}),
     },
     define=define,
-    options=lambda values: Options(values.switches),
+    options=Options,
     make_worker=make_worker,
 )
 

@@ -252,3 +252,16 @@ def test_inputs_of_a_store_are_read_through_fsspec():
     finally:
         files.rm("/readers", recursive=True)
     assert found == [("a.jsonl:1", {"prompt": "a"}), ("b/c.jsonl.gz:1", {"prompt": "b"})]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_a_row_may_lack_an_optional_column(suffix, tmp_path):
+    rows = [{"prompt": "a", "gold": 1}, {"prompt": "b", "gold": None}]
+    path = tmp_path / f"rows.{suffix}"
+    if suffix == "parquet":
+        parquet.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        path.write_text("\n".join(map(json.dumps, rows)))
+    optional = {"label": "gold", "other": "nowhere"}
+    found, _ = read_all(job_of(path, id_column=None, optional=optional))
+    assert [values for _, values in found] == [{"prompt": "a", "label": 1}, {"prompt": "b"}]

@@ -15,7 +15,14 @@ from xlinfer.flags import UsageError, show
 from xlinfer.progress import show_progress
 from xlinfer.score import layout
 from xlinfer.score.display import show_rows
-from xlinfer.score.flags import Tasks, columns_of, help_text, parse, resources_of
+from xlinfer.score.flags import (
+    Tasks,
+    columns_of,
+    help_text,
+    parse,
+    resources_of,
+    task_options,
+)
 from xlinfer.score.identity import identity_of
 from xlinfer.score.inputs import find_inputs
 from xlinfer.score.job import State, finish, open_job, read_state, run_attempts
@@ -55,7 +62,8 @@ def main(argv: Sequence[str], tasks: Tasks) -> int:
 
 def run(values: flags.FlagValues, tasks: Tasks) -> int:
     """The exit code. Raises what `main` catches."""
-    make = functools.partial(tasks.make_worker, engine_options(values), tasks.options(values))
+    task = task_options(values, tasks)
+    make = functools.partial(tasks.make_worker, engine_options(values), task)
     stop = threading.Event()
     work = _work(values, make, stop)  # a slip in its flags is told before the inputs are read
     store, job = open_store(values.output), job_of(values, tasks)
@@ -80,7 +88,7 @@ def run(values: flags.FlagValues, tasks: Tasks) -> int:
 def job_of(values: flags.FlagValues, tasks: Tasks) -> Job:
     """Raises UsageError, InputError, JobError, and what `identity_of` does."""
     check_packages(values.output_format, values.compression)
-    columns = columns_of(values.column, values.task, tasks.table[values.task])
+    columns, optional = columns_of(values.column, values.task, tasks.table[values.task])
     given = None if values.input_format == "auto" else values.input_format
     inputs = find_inputs(values.input, given)
     texts = [file.url for file in inputs if file.format == "text"]
@@ -90,15 +98,17 @@ def job_of(values: flags.FlagValues, tasks: Tasks) -> Job:
                 f"{texts[0]} is text, whose lines are a task's only column: --task={values.task} "
                 f"takes {', '.join(columns)}; other files and --id_column do not go with it"
             )
-        columns = dict.fromkeys(columns, TEXT)
+        columns, optional = dict.fromkeys(columns, TEXT), {}
     return Job(
         inputs=inputs,
         columns=columns,
-        id_column=values.id_column,
+        optional=optional,
+        # OpenAI's name for what tells requests apart.
+        id_column=values.id_column or columns.get("custom_id"),
         rows_per_shard=values.rows_per_shard,
         output_format=values.output_format,
         compression=values.compression,
-        task={"name": values.task, **dataclasses.asdict(tasks.options(values))},
+        task=dataclasses.asdict(task_options(values, tasks)),
         model=identity_of(engine_options(values)),
     )
 

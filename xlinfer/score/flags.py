@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Protocol
 
 from absl import flags
 
@@ -25,9 +25,15 @@ ROWS_PER_SHARD = 5000
 RUNNERS = ("local", "static", "ray")
 
 
-class Task(NamedTuple):
-    columns: Mapping[str, str]  # what the task calls each of its columns -> its default name
-    about: str  # one line
+class Task(Protocol):
+    """Columns by the task's names for them, with the name that a file has by default."""
+
+    @property
+    def about(self) -> str: ...
+    @property
+    def columns(self) -> Mapping[str, str]: ...
+    @property
+    def optional(self) -> Mapping[str, str]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +42,7 @@ class Tasks:
 
     table: Mapping[str, Task]
     define: Callable[[flags.FlagValues], None]  # the flags of their options
-    options: Callable[[flags.FlagValues], Any]  # a frozen dataclass that JSON can hold
+    options: type[Any]  # a frozen dataclass that JSON can hold; raises ValueError
     make_worker: Callable[[EngineOptions, Any], Worker]  # by its name: Ray sends it to actors
 
 
@@ -51,9 +57,41 @@ def groups(tasks: Tasks) -> dict[str, Callable[[flags.FlagValues], None]]:
 
 
 def _define_task(tasks: Tasks, values: flags.FlagValues) -> None:
-    about = "; ".join(f"{name}: {task.about}" for name, task in tasks.table.items())
+    about = " ".join(f"{name}: {task.about}" for name, task in tasks.table.items())
     flags.DEFINE_enum("task", None, list(tasks.table), about, flag_values=values)
     tasks.define(values)
+
+
+def define_task_options(values: flags.FlagValues) -> None:
+    """Of xlinfer's own tasks; `seed` is the engine's."""
+    whole = partial(flags.DEFINE_integer, flag_values=values)
+    number = partial(flags.DEFINE_float, flag_values=values)
+    switch = partial(flags.DEFINE_bool, flag_values=values)
+    whole("max_tokens", None, "generate: tokens of an answer. Default: to the context's end.", 1)
+    number("temperature", 0.0, "generate: 0 takes the likeliest token.", 0.0)
+    number("top_p", 1.0, "generate: sample from the likeliest tokens that have this share.", 0.0)
+    flags.DEFINE_multi_string(
+        "stop", [], "generate: text that ends an answer. Repeat it for more.", flag_values=values
+    )
+    switch("chat", False, "generate: prompts are a user's messages, or lists of messages.")
+    whole("max_length", None, "perplexity: tokens of a window. Default: the model's context.", 2)
+    whole(
+        "stride",
+        None,
+        "perplexity: tokens by which windows move. Default: they share one token.",
+        1,
+    )
+    flags.DEFINE_enum(
+        "pooling", "last", ["last", "mean", "cls"], "embed: of hidden states.", flag_values=values
+    )
+    switch("normalize", True, "embed: to length 1.")
+    whole("dimensions", None, "embed: how many to keep. Default: all.", 1)
+    flags.DEFINE_list(
+        "served_model_names",
+        [],
+        "openai_batch: names that lines may call the model. Default: any.",
+        flag_values=values,
+    )
 
 
 def _define_input(values: flags.FlagValues) -> None:
@@ -149,18 +187,33 @@ def help_text(tasks: Tasks) -> str:
     return "\n".join(parts)
 
 
-def columns_of(given: Sequence[str], task: str, needed: Task) -> dict[str, str]:
-    """The task's name of each column -> the column. Raises UsageError."""
-    columns = dict(needed.columns)
+def task_options(values: flags.FlagValues, tasks: Tasks) -> Any:
+    """Raises UsageError."""
+    names = tasks.options.__dataclass_fields__
+    given = {name: values[name].value for name in names if name in values}
+    lists = {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
+    try:
+        return tasks.options(**given | lists)
+    except ValueError as error:
+        raise UsageError(f"--{error}") from None
+
+
+def columns_of(
+    given: Sequence[str], task: str, needed: Task
+) -> tuple[dict[str, str], dict[str, str]]:
+    """The task's name of each column -> the column: those that every row must have, which those
+    that are given are, and the others. Raises UsageError."""
+    columns, optional = dict(needed.columns), dict(needed.optional)
     for pair in given:
         name, equals, column = pair.partition("=")
-        if not equals or not column or name not in columns:
+        if not equals or not column or name not in columns.keys() | optional:
             raise UsageError(
                 f"--column={pair} should be NAME=COLUMN, with a name of --task={task}: "
-                f"{', '.join(columns)}"
+                f"{', '.join([*needed.columns, *needed.optional])}"
             )
+        optional.pop(name, None)
         columns[name] = column
-    return columns
+    return columns, optional
 
 
 def resources_of(given: Sequence[str]) -> dict[str, float]:

@@ -17,7 +17,7 @@ from xlinfer.score.inputs import InputError, InputFile
 
 PLACE = struct.Struct("<IQ")  # file, line
 RECORD = np.dtype([("high", "<u8"), ("low", "<u8"), ("file", "<u4"), ("line", "<u8")])
-HELD_BYTES = 2**16  # of each file, before it is written
+HELD_BYTES = 2**13  # of each file, before it is written
 MOST_SHOWN = 3
 
 

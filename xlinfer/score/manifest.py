@@ -42,6 +42,7 @@ class Job:
 
     inputs: tuple[InputFile, ...]
     columns: Mapping[str, str]  # what the task calls it -> the column that it is
+    optional: Mapping[str, str]  # the same, of columns that a row may lack
     id_column: str | None  # None: rows are called by file and number
     rows_per_shard: int  # at most
     output_format: str  # jsonl, parquet

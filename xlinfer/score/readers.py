@@ -6,7 +6,7 @@ in their order reads such a file once.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -119,8 +119,9 @@ class Reader:
         self, file: InputFile, piece: Piece
     ) -> Iterator[tuple[Place, Mapping[str, Any] | BadRow]]:
         if file.format == "parquet":
-            wanted = list(dict.fromkeys([*self._job.columns.values(), self._job.id_column]))
-            for n, columns in enumerate(parquet_rows(file, piece, [c for c in wanted if c])):
+            job = self._job
+            wanted = {*job.columns.values(), *job.optional.values(), job.id_column} - {None}
+            for n, columns in enumerate(parquet_rows(file, piece, wanted)):
                 yield Place(file, piece.line + n), columns
             return
         left, at = piece.rows, piece.line
@@ -159,6 +160,9 @@ class Reader:
                 if columns.get(column) is None:
                     raise BadRow(f"no {wanted}: its column {column!r} is {_shown(columns, column)}")
                 values[wanted] = columns[column]
+            for wanted, column in self._job.optional.items():
+                if columns.get(column) is not None:
+                    values[wanted] = columns[column]
         except BadRow as error:
             return Scored(Row(number=number, id=name, values={}), error, 0)
         return Row(number=number, id=name, values=values)
@@ -181,9 +185,9 @@ def open_parquet(file: InputFile) -> Iterator[Any]:
 
 
 def parquet_rows(
-    file: InputFile, piece: Piece, columns: Sequence[str]
+    file: InputFile, piece: Piece, columns: Collection[str | None]
 ) -> Iterator[Mapping[str, Any]]:
-    """`columns` of the rows of `piece`. Raises InputError."""
+    """Of `columns`, those that there are, in the rows of `piece`. Raises InputError."""
     with open_parquet(file) as opened:
         import pyarrow
 
@@ -196,7 +200,8 @@ def parquet_rows(
                 skip -= rows
             seen += rows
         try:
-            for batch in opened.iter_batches(BATCH_ROWS, row_groups=groups, columns=columns):
+            there = [name for name in opened.schema_arrow.names if name in columns]
+            for batch in opened.iter_batches(BATCH_ROWS, row_groups=groups, columns=there):
                 taken = batch.slice(skip, left)
                 skip, left = max(0, skip - batch.num_rows), left - taken.num_rows
                 yield from taken.to_pylist()

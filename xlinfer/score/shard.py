@@ -26,6 +26,7 @@ from xlinfer.score.rowlog import Entry, RowLog, Spool, logged
 from xlinfer.score.rows import BadRow, Row, Scored, Scorer
 from xlinfer.score.store import Store
 
+JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
 MOST_FAILURES = 20  # messages of a commit
 DRAIN_S = 5.0  # after a stop, in which what the scorer has begun may finish
 
@@ -246,7 +247,7 @@ class _Way:
 
 
 def _json(value: dict[str, Any]) -> bytes:
-    return json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    return JSON.encode(value).encode()
 
 
 def _commonest(spool: Spool) -> dict[str, int]:
