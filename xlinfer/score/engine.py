@@ -21,16 +21,18 @@ def build_worker[T](
         built = build(options, progress)
     import jax  # by now here
 
+    device = jax.devices()[0]
     return Worker(
         scorer=make_scorer(built, task),
-        device=jax.devices()[0].device_kind,
-        roofline_tokens_per_s=_roofline(options, built),
+        device=device.device_kind,
+        # A CPU has no peak rates that a data sheet would tell.
+        roofline_tokens_per_s=None if device.platform == "cpu" else _roofline(options, built),
     )
 
 
 def _roofline(options: EngineOptions, built: Built) -> float | None:
     """Tokens that this process's devices compute per second at their data sheets' rates, in full
-    steps of prefill. None where there are none: a CPU, a chip that is not in the table."""
+    steps of prefill. None for a chip that is not in the table, or an artifact alone."""
     from xlinfer.commands.sizing import Wish, plan_for
     from xlinfer.deployment import Sizes
     from xlinfer.hub import fetch
@@ -56,8 +58,6 @@ def _roofline(options: EngineOptions, built: Built) -> float | None:
         )
     except (TargetError, ValueError) as error:
         logger.warning("No roofline: %s", error)
-        return None
-    if planned.target.chip.platform == "cpu":
         return None
     steps = prefill_steps(planned.work, planned.rates, prompt=chunk, chunk=chunk)
     return chunk / total_seconds(steps)
