@@ -50,6 +50,31 @@ def test_an_actor_killed_in_a_shard_is_replaced(tmp_path):
     assert len(list(tmp_path.glob("actor-*"))) == 3, "Ray has started another"
 
 
+def test_a_driver_that_is_told_to_stop_stops_its_actors(tmp_path):
+    write_input(tmp_path / "rows.jsonl", ROWS)
+    (tmp_path / "hang").touch()
+    command = [
+        sys.executable, "-m", "tests.score.fake_command", "--task=fake", "--runner=ray",
+        f"--input={tmp_path}/rows.jsonl", f"--output={tmp_path}/out", "--id_column=key",
+        "--rows_per_shard=8", f"--switches={tmp_path}", "--num_actors=2",
+    ]  # fmt: skip
+    with subprocess.Popen(command, cwd=ROOT, text=True, stderr=subprocess.PIPE) as driver:
+        deadline = time.monotonic() + STARTS_S
+        while not (tmp_path / "out/commits/00007.json").exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        time.sleep(2)  # in row-12, after those before it, which are in the log
+        driver.send_signal(signal.SIGTERM)
+        asked = time.monotonic()
+        _, said = driver.communicate(timeout=60)
+    assert driver.returncode == 75 and time.monotonic() - asked < 10, said
+    assert "Traceback" not in said, said
+    (tmp_path / "hang").unlink()
+    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=STARTS_S)
+    assert done.returncode == 3, done.stderr
+    assert "8/8 rows" in done.stderr
+    check_output(tmp_path / "out", ROWS)
+
+
 def test_a_killed_driver_goes_on_where_it_was(tmp_path):
     driver = start(tmp_path, 0.1)
     wait_for_rows(tmp_path, 2, 20)  # past a shard and its log's sync

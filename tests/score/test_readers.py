@@ -229,6 +229,14 @@ def test_inputs_that_are_no_inputs(tmp_path):
         plan(job_of(tmp_path / "x.jsonl"), quiet)
 
 
+def test_a_name_that_is_not_utf_8_is_refused(tmp_path):
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/\xff.jsonl")
+    with open(path, "w") as file:
+        file.write("{}")
+    with pytest.raises(InputError, match="a file's name must be UTF-8"):
+        find_inputs([str(tmp_path / "*.jsonl")], None)
+
+
 def test_an_input_that_has_changed_since_is_refused(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"prompt": "x"}\n')

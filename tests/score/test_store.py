@@ -63,6 +63,13 @@ def test_names_come_and_go(kind, tmp_path):
     assert lines == [b"a\n", b"b\n", b"c"]
 
 
+def test_clearing_up_leaves_the_folder_that_others_make_theirs_in(tmp_path):
+    made = LocalStore(tmp_path)
+    made.put("work/1/worker/log", b"")
+    made.remove(["work/1/worker/log"])
+    assert [path.name for path in tmp_path.rglob("*")] == ["work"]
+
+
 def test_a_write_whose_answer_was_lost_counts_as_ours():
     class LosesTheFirst(Objects):
         def _ask(self, call):

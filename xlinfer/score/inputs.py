@@ -49,6 +49,10 @@ def find_inputs(patterns: Sequence[str], given: Format | None) -> tuple[InputFil
         if url in seen:
             raise InputError(f"{url} is named twice among the inputs; each row would be doubled")
         seen.add(url)
+        try:
+            url.encode()
+        except UnicodeError:
+            raise InputError(f"{url!r}: a file's name must be UTF-8; rename it") from None
     names = _short_names(urls)
     files = []
     for name, url in zip(names, urls, strict=True):

@@ -42,7 +42,7 @@ def plan(job: Job, progress: Progress) -> Manifest:
         for index, file in enumerate(job.inputs):
             find = _parquet_pieces if file.format == "parquet" else _line_pieces
             for piece, size in find(job, index, ids):
-                if piece.rows:
+                if piece is not None:
                     pieces.append(piece)
                 progress("plan", min(done + size, total), total)
             done += file.size
@@ -66,8 +66,9 @@ def _packed(pieces: Iterable[Piece], most: int) -> Iterator[Shard]:
     yield Shard(index=index, pieces=tuple(taken))
 
 
-def _line_pieces(job: Job, index: int, ids: IdCheck | None) -> Iterator[tuple[Piece, int]]:
-    """Each with the bytes of the file that have been read, where that is known."""
+def _line_pieces(job: Job, index: int, ids: IdCheck | None) -> Iterator[tuple[Piece | None, int]]:
+    """Each with the bytes of the file that have been read, where that is known; None in between,
+    for progress."""
     file = job.inputs[index]
     plain, most = file.compression == "none", job.rows_per_shard
     begin, first, rows = 0, 1, 0  # of the piece
@@ -92,10 +93,11 @@ def _line_pieces(job: Job, index: int, ids: IdCheck | None) -> Iterator[tuple[Pi
         offset += line.size
         if offset - shown > PROGRESS_BYTES:
             shown = offset
-            yield Piece(index, 0, 0, 0), offset if plain else 0
+            yield None, offset if plain else 0
     if sample is not None:
         sample.check()
-    yield Piece(index, begin if plain else 0, first, rows), file.size
+    if rows:
+        yield Piece(index, begin if plain else 0, first, rows), file.size
 
 
 class _Sample:

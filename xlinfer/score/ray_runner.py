@@ -6,6 +6,7 @@ actor may have been near the end: its log is there, and should it still run, one
 
 import logging
 import os
+import signal
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +19,7 @@ from xlinfer.score.job import raise_failures
 from xlinfer.score.layout import MANIFEST, Attempt
 from xlinfer.score.manifest import JobError, Manifest
 from xlinfer.score.shard import Commit, Interrupted, ShardRunner, Worker
+from xlinfer.score.signals import SIGNALS
 from xlinfer.score.store import open_store
 
 logger = logging.getLogger("xlinfer.score")
@@ -117,10 +119,14 @@ def _connect(ray: Any, options: RayOptions) -> None:
     given = options.address or os.environ.get("RAY_ADDRESS")
     # A dashboard takes jobs from whoever reaches its port.
     kind = {"address": given} if given else {"address": "local", "include_dashboard": False}
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
     try:
         ray.init(**kind, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise JobError(f"--ray_address={given or 'local'}: {error}") from None
+    finally:
+        for number, handler in handlers.items():  # Ray's own would end the driver at once
+            signal.signal(number, handler)
     have = ray.cluster_resources()
     for name, wanted in options.resources.items():
         if have.get(name, 0) < wanted:

@@ -95,7 +95,7 @@ class ShardRunner:
 
     def run(self, attempt: Attempt) -> Commit:
         """The attempt's commit, which may be another worker's. Raises Interrupted; InputError or
-        StoreError for what stands in the way."""
+        StoreError for what stands in the done."""
         if not self.store.exists(attempt.commit):
             try:
                 self._score(attempt, f"{attempt.work}/{self._name}-{next(self._runs)}")
@@ -120,9 +120,9 @@ class ShardRunner:
                     self.on_row(entry.ok, 0)
             log = RowLog(self.store, f"{drafts}/log", self.stop)
             with closing(log):
-                way = _Way(spool=spool, log=log, on_row=self.on_row, step=self.step)
+                done = _Pass(spool=spool, log=log, on_row=self.on_row, step=self.step)
                 rows = (found for found in self._reader.rows(attempt.shard) if wanted(found[1]))
-                way.go(self.worker.scorer, rows, self.stop)
+                done.go(self.worker.scorer, rows, self.stop)
             self.step("logged")
             writing = time.perf_counter()
             with self.store.draft(f"{drafts}/part") as path:
@@ -133,7 +133,7 @@ class ShardRunner:
                     write_lines(file, spool.ordered(ok=False))
             self.step("drafted")
             now = time.perf_counter()
-            way.writing_s += now - writing
+            done.writing_s += now - writing
             commit = Commit(
                 drafts=drafts,
                 rows=len(spool) - spool.failed,
@@ -142,13 +142,13 @@ class ShardRunner:
                 sha256=sha256,
                 device=self.worker.device,
                 roofline_tokens_per_s=self.worker.roofline_tokens_per_s,
-                scored=way.scored,
-                scored_tokens=way.tokens,
+                scored=done.scored,
+                scored_tokens=done.tokens,
                 started=started,
                 ended=time.time(),
-                reading_s=way.reading_s,
-                scoring_s=now - clock - way.reading_s - way.writing_s,
-                writing_s=way.writing_s,
+                reading_s=done.reading_s,
+                scoring_s=now - clock - done.reading_s - done.writing_s,
+                writing_s=done.writing_s,
                 failures=_commonest(spool),
             )
         self.store.create(attempt.commit, json.dumps(asdict(commit)).encode())
@@ -169,8 +169,8 @@ def publish(store: Store, manifest: Manifest, attempt: Attempt, commit: Commit) 
 
 
 @dataclass(kw_only=True)
-class _Way:
-    """Of rows through the scorer and into the log, once."""
+class _Pass:
+    """Of an attempt's rows through the scorer and into the log."""
 
     spool: Spool
     log: RowLog
@@ -215,7 +215,9 @@ class _Way:
             place, row = found
             if isinstance(row, Scored):
                 if row.row.number not in self.spool:
+                    writing = self.writing_s
                     self._record(place, row)
+                    asked += self.writing_s - writing
             elif row.number not in self.spool:
                 self.pending[row.number] = place
                 self.reading_s += time.perf_counter() - asked

@@ -143,11 +143,12 @@ class LocalStore(Store):
         return placed
 
     def remove(self, names: Sequence[str]) -> None:
-        """And the folders that are then empty."""
+        """And the folders that are then empty, but for the first of a name: another worker may
+        be about to make one in it."""
         for name in names:
             path = self._folder / name
             path.unlink(missing_ok=True)
-            for folder in list(path.parents)[: len(Path(name).parts) - 1]:
+            for folder in list(path.parents)[: max(0, len(Path(name).parts) - 2)]:
                 try:
                     folder.rmdir()
                 except OSError:  # not empty, or gone
