@@ -5,6 +5,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -16,6 +17,7 @@ RATE, CEILING, FAILED = "#0072B2", "#222222", "#D55E00"
 PARTS = {"scoring": "#009E73", "reading": "#E69F00", "writing": "#CC79A7"}
 LABELS = {"scoring": "scoring", "reading": "waiting for rows", "writing": "writing"}
 MOST_FAILURES = 8
+BINS = 80  # of the time
 ROOM = 4  # of failures, as tall as so many at least
 
 
@@ -44,20 +46,15 @@ def draw(made: dict[str, Any], commits: Sequence[Commit]) -> bytes:
 
 def _rate(axes: Axes, made: dict[str, Any], commits: Sequence[Commit]) -> None:
     """Of all workers together, each shard's tokens spread evenly over its time."""
-    changes = []
+    begin, end = min(c.started for c in commits), max(c.ended for c in commits)
+    edges = np.linspace(begin, max(end, begin + 1e-3), BINS + 1)
+    tokens = np.zeros(BINS)
     for commit in commits:
+        shared = np.minimum(edges[1:], commit.ended) - np.maximum(edges[:-1], commit.started)
         seconds = max(commit.ended - commit.started, 1e-9)
-        rate = commit.scored_tokens / seconds
-        changes += [(commit.started, rate), (commit.ended, -rate)]
-    changes.sort()
-    begin, speed = changes[0][0], 0.0
-    times, speeds = [0.0], [0.0]
-    for at, change in changes:
-        speed += change
-        times.append(at - begin)
-        speeds.append(max(speed, 0.0))
-    axes.fill_between(times, speeds, step="post", color=RATE, alpha=0.25, linewidth=0)
-    axes.step(times, speeds, where="post", color=RATE, linewidth=1.5, label="tokens/s")
+        tokens += np.maximum(shared, 0) * commit.scored_tokens / seconds
+    axes.stairs(tokens / np.diff(edges), edges - begin, fill=True, color=RATE, alpha=0.25)
+    axes.stairs(tokens / np.diff(edges), edges - begin, color=RATE, linewidth=1.5, label="tokens/s")
     mean = made["tokens_per_s"] or 0.0
     axes.axhline(
         mean, color=CEILING, linestyle="--", linewidth=1,
