@@ -58,6 +58,14 @@ def drive(output: Path, source: Path, step_name: str, count: int, signal_name: s
 
 def main(output: Path, source: Path, stages: list[list[list]]) -> None:
     stopped = []
+    try:
+        play(output, source, stages, stopped)
+    finally:
+        for child in stopped:  # where something failed before they were woken
+            os.kill(child, signal.SIGKILL)
+
+
+def play(output: Path, source: Path, stages: list[list[list]], stopped: list[int]) -> None:
     for stage in stages:
         started = []
         for arguments in stage:
@@ -77,9 +85,9 @@ def main(output: Path, source: Path, stages: list[list[list]]) -> None:
                 stopped.append(child)
             else:
                 check(status)
-    for child in stopped:
-        os.kill(child, signal.SIGCONT)
-        check(os.waitpid(child, 0)[1])
+    while stopped:
+        os.kill(stopped[-1], signal.SIGCONT)
+        check(os.waitpid(stopped.pop(), 0)[1])
 
 
 def check(status: int) -> None:

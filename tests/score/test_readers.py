@@ -1,4 +1,5 @@
 import gzip
+import itertools
 import json
 import os
 
@@ -227,6 +228,22 @@ def test_inputs_that_are_no_inputs(tmp_path):
         find_inputs([str(tmp_path / "x.jsonl"), str(tmp_path / "*.jsonl")], None)
     with pytest.raises(InputError, match="the inputs hold no rows"):
         plan(job_of(tmp_path / "x.jsonl"), quiet)
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
+@given(order=st.permutations(range(5)), stops=st.lists(st.integers(1, 4), min_size=5, max_size=5))
+def test_shards_may_be_read_in_any_order_and_left_in_the_middle(
+    suffix, order, stops, tmp_path_factory
+):
+    path = tmp_path_factory.mktemp("in") / f"rows.jsonl{suffix}"
+    text = "".join(f'{{"prompt": "{n}"}}\n\n' for n in range(20))
+    path.write_bytes(COMPRESS[suffix](text.encode()))
+    manifest = plan(job_of(path, id_column=None, rows_per_shard=4), quiet)
+    reader = Reader(manifest.job)
+    for index, stop in zip(order, stops, strict=True):
+        rows = itertools.islice(reader.rows(manifest.shards[index]), stop)
+        found = [row.values["prompt"] for _, row in rows if isinstance(row, Row)]
+        assert found == [str(4 * index + n) for n in range(stop)]
 
 
 def test_a_name_that_is_not_utf_8_is_refused(tmp_path):
