@@ -1,5 +1,6 @@
 import gzip
 import json
+import shutil
 import threading
 import time
 from collections import Counter
@@ -76,6 +77,17 @@ def test_a_log_goes_on_from_any_byte(upto, cut, garbage, tmp_path_factory):
     drive(set_up(folder, counting(asked)))
     fake.check_output(folder / "out", ROWS)
     assert asked.total() == ROWS - kept.count(b"\n") and set(asked.values()) <= {1}
+
+
+def test_rows_that_two_workers_have_logged_count_once(tmp_path):
+    runner = set_up(tmp_path, counting(Counter(), 12))
+    with pytest.raises(Lost):
+        runner.run(first(runner))
+    (folder,) = tmp_path.glob("out/work/00000/*")
+    shutil.copytree(folder, folder.with_name("another"))
+    (commit,) = drive(set_up(tmp_path))
+    assert (commit.rows, commit.failed, commit.tokens) == (17, 3, ROWS * fake.TOKENS)
+    fake.check_output(tmp_path / "out", ROWS)
 
 
 @given(st.integers(0, 10**6), st.integers(0, 10**6), st.booleans(), st.text())
