@@ -11,6 +11,8 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from xlinfer.score.__main__ import ALL
+from xlinfer.score.flags import parse as parse_score
 from xlinfer.serve.flags import parse as parse_serve
 
 DEPLOY = Path(__file__).parents[1] / "configs" / "deploy"
@@ -173,10 +175,7 @@ def takes(words: list[str]) -> None:
         assert parse_serve([module, *flags]) is not None
         return
     assert module == "xlinfer.score"
-    from xlinfer.score.__main__ import TASKS
-    from xlinfer.score.flags import parse as parse_score
-
-    assert parse_score([module, *flags], TASKS) is not None
+    assert parse_score([module, *flags], ALL) is not None
 
 
 def test_every_manifest_runs_something():

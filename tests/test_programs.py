@@ -11,7 +11,8 @@ from pallas_kernels.devices import DEVICES
 from xlinfer.kvcache import CacheSpec
 from xlinfer.mesh import make_mesh
 from xlinfer.plan import make_plan
-from xlinfer.programs import PoolInput, Programs, forward_shapes, pack, score_shapes, unpack
+from xlinfer.program_inputs import PoolInput, forward_shapes, pack, score_shapes, unpack
+from xlinfer.programs import Programs
 from xlinfer.sampling import empty_slots
 
 

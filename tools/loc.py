@@ -7,7 +7,7 @@ from statistics import median
 
 MAX_FILE = 400  # lines
 BUDGET: dict[str, int | None] = {  # lines of a package; None bounds its files only
-    "xlinfer": 21000,
+    "xlinfer": 26000,
     "pallas_kernels": 11000,
     "converters": 8000,
     "tools": None,

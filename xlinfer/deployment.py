@@ -24,8 +24,7 @@ from xlinfer.kvcache import FP8, CacheSpec, Latents, cache_dtype
 from xlinfer.mesh import AnyMesh, ways
 from xlinfer.models import check_model
 from xlinfer.plan import Memory, Plan, PlanError, make_plan, pages_for
-from xlinfer.programs import (
-    Programs,
+from xlinfer.program_inputs import (
     decode_shapes,
     encode_shapes,
     forward_shapes,
@@ -33,6 +32,7 @@ from xlinfer.programs import (
     sample_shapes,
     score_shapes,
 )
+from xlinfer.programs import Programs
 from xlinfer.quant import QTensor
 from xlinfer.sampling import Slots, empty_slots, slot_places
 

@@ -31,7 +31,7 @@ from xlinfer.compile.store import Store, check_private, host_kind, versions
 from xlinfer.compile.trees import decode_array, encode_array
 from xlinfer.deployment import Deployment, Sizes
 from xlinfer.plan import Plan
-from xlinfer.programs import (
+from xlinfer.program_inputs import (
     decode_shapes,
     encode_shapes,
     forward_shapes,

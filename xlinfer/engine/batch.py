@@ -8,7 +8,7 @@ from xlinfer.engine.scheduler import Decode, Forward
 from xlinfer.engine.sequence import Sequence
 from xlinfer.engine.slots import needs
 from xlinfer.plan import Plan
-from xlinfer.programs import (
+from xlinfer.program_inputs import (
     FROM_DEVICE,
     DecodeInput,
     Encoded,

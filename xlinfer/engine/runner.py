@@ -11,7 +11,8 @@ from xlinfer.engine.sequence import Sequence
 from xlinfer.engine.slots import output_counts, recent_tokens, slot_params
 from xlinfer.engine.worker import Call, Executor
 from xlinfer.plan import Plan
-from xlinfer.programs import Sampled, pack
+from xlinfer.program_inputs import pack
+from xlinfer.programs import Sampled
 from xlinfer.sampling import Logprobs, Wanted
 
 

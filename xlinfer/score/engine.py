@@ -50,6 +50,8 @@ def _roofline(options: EngineOptions, built: Built) -> float | None:
                 target="local",
                 text_only=options.text_only,
                 tensor_parallel_size=options.tensor_parallel_size,
+                expert_parallel_size=options.expert_parallel_size,
+                sequence_parallel_size=options.sequence_parallel_size,
                 dtype=options.dtype,
                 quantization=options.quantization,
                 matmul_impl=options.matmul_impl,
@@ -60,4 +62,4 @@ def _roofline(options: EngineOptions, built: Built) -> float | None:
         logger.warning("No roofline: %s", error)
         return None
     steps = prefill_steps(planned.work, planned.rates, prompt=chunk, chunk=chunk)
-    return chunk / total_seconds(steps)
+    return options.data_parallel_size * chunk / total_seconds(steps)

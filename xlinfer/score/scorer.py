@@ -45,7 +45,7 @@ def make_scorer(built: Built, options: TaskOptions) -> Scorer:
 
 def score(engine: TokenEngine, prepare: Prepare, rows: Iterable[Row]) -> Iterator[Scored]:
     """Closing it early aborts what runs."""
-    rows, fit = iter(rows), engine.plan.max_num_seqs
+    rows, fit = iter(rows), engine.max_running
     coming: list[Work] = []  # of the next window
     ready: deque[Work] = deque()  # in order
     open_: dict[str, _Open] = {}  # by request id

@@ -34,7 +34,7 @@ def openai_batch(built: Built, options: TaskOptions) -> Scorer:
 def _answers(built: Built, options: TaskOptions, rows: Iterable[Row]) -> Iterator[Scored]:
     """The event loop has a thread of its own; rows are read in the caller's."""
     done: queue.SimpleQueue[Scored | BaseException] = queue.SimpleQueue()
-    rows, running, most = iter(rows), 0, QUEUED * built.engine.plan.max_num_seqs
+    rows, running, most = iter(rows), 0, QUEUED * built.engine.max_running
     desk = _Desk(built, options, done)
     try:
         while True:
