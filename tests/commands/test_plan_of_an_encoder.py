@@ -4,6 +4,7 @@ import json
 
 from tests.checkpoints import GOLDENS
 from xlinfer.commands.plan import main
+from xlinfer.compile import SINGLE
 
 
 def test_an_encoders_programs_and_pages(capsys):
@@ -14,7 +15,7 @@ def test_an_encoders_programs_and_pages(capsys):
     programs, cache = made["programs"], made["kv_cache"]
     assert programs["encode_buckets"] == [128, 256, 512]
     buckets = [n for name, n in programs.items() if name.endswith("buckets")]
-    assert programs["count"] == sum(map(len, buckets)) + 4
+    assert programs["count"] == sum(map(len, buckets)) + len(SINGLE)
     assert programs["attention_impl"] == "reference"
     assert cache["sequences_of_max_model_len"] == 99 // (2 * 512 // 64)
     assert made["prefill"] == [] and any("encoder reads" in note for note in made["notes"])

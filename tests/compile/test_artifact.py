@@ -83,10 +83,10 @@ def test_a_start_without_an_artifact_says_what_it_found(tmp_path, caplog):
     try:
         with caplog.at_level("INFO", logger="xlinfer.engine"):
             first = LLM(DEMO_MODEL, **one)
-            assert caplog.text.count("miss, it was never compiled here") == 5
+            assert caplog.text.count("miss, it was never compiled here") == 6
             caplog.clear()
             again = LLM(DEMO_MODEL, **one)
-            assert caplog.text.count(": hit") == 5 and "miss" not in caplog.text
+            assert caplog.text.count(": hit") == 6 and "miss" not in caplog.text
             caplog.clear()
             LLM(DEMO_MODEL, **one | {"max_model_len": 48})
             assert "program forward-16: miss, the program is another" in caplog.text
@@ -100,7 +100,7 @@ def test_a_start_without_an_artifact_says_what_it_found(tmp_path, caplog):
 def test_the_same_command_finds_what_it_compiled(written, cache, tmp_path, capsys):
     assert compile_demo(tmp_path / "again", cache=cache) == 0
     report = capsys.readouterr().out
-    assert "7 programs for cpu, 7 of them compiled before" in report
+    assert "8 programs for cpu, 8 of them compiled before" in report
     for file in sorted((written / "programs").iterdir()):
         assert (tmp_path / "again/programs" / file.name).read_bytes() == file.read_bytes()
 
@@ -272,7 +272,7 @@ def test_bad_flags(flags, code, says, tmp_path, capsys):
 def test_inspect(written, tmp_path, capsys):
     assert inspect(["inspect", str(written)]) == 0
     shown = capsys.readouterr().out
-    assert "7 programs for cpu, with weights" in shown and "decode-4" in shown
+    assert "8 programs for cpu, with weights" in shown and "decode-4" in shown
     assert inspect(["inspect", "--json", str(written)]) == 0
     rows = {r["program"]: r for r in json.loads(capsys.readouterr().out)["programs"]}
     # 7.3 million parameters, but the embedding, in float32: all are read once for a token.

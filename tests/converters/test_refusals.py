@@ -101,8 +101,8 @@ CASES: dict[str, tuple[Make, str]] = {
     ),
     "an unknown family": (
         with_config(model_type="lama"),
-        "FOLDER/config.json: xlinfer does not know model_type 'lama'. The nearest: llama. It "
-        "knows FAMILIES.",
+        "FOLDER/config.json: xlinfer does not know model_type 'lama'. The nearest: llama, "
+        "llama4_text. It knows FAMILIES.",
     ),
     "no family": (
         with_config(model_type=...),

@@ -22,7 +22,7 @@ def shape(*sizes: int, dtype: str = "int32") -> jax.ShapeDtypeStruct:
 ROW = jax.tree.map(lambda x: x[0], empty_slots(1, 40).params)
 INPUTS: dict[str, Any] = {
     "forward": (shape(30),), "decode": (shape(20),), "encode": (shape(7),), "sample": (shape(5),),
-    "score": (shape(9), shape()),
+    "score": (shape(9),), "pool": (shape(6),),
     "admit": (shape(), jax.tree.map(lambda x: shape(*x.shape, dtype=x.dtype.name), ROW), shape(3)),
 }  # fmt: skip
 
@@ -42,7 +42,14 @@ def calls(facts=FACTS) -> Calls:
 
 def test_a_call_is_the_same_at_the_other_end():
     rng, here, there = np.random.default_rng(0), calls(), calls()
-    for name, bucket in (("forward", 64), ("decode", 1), ("sample", 0), ("score", 0), ("admit", 0)):
+    for name, bucket in (
+        ("forward", 64),
+        ("decode", 1),
+        ("sample", 0),
+        ("score", 0),
+        ("pool", 0),
+        ("admit", 0),
+    ):
         inputs = jax.tree.map(
             lambda x: np.asarray(rng.integers(0, 99, x.shape)).astype(x.dtype)[()], INPUTS[name]
         )
