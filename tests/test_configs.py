@@ -36,7 +36,12 @@ def test_the_server_takes_the_flags(name):
     assert f"--flagfile=configs/{name}.flags" in FILES[name].read_text().splitlines()[0]
 
 
-@pytest.mark.parametrize("name", FILES)
+SLOW = {"deepseek_v3_h200-8"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(f, marks=pytest.mark.slow) if f in SLOW else f for f in FILES]
+)
 def test_the_model_fits_as_the_flags_say(name, capsys):
     model, _, target = name.rpartition("_")
     values = parse(["serve", f"--flagfile={FILES[name]}"])

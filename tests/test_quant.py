@@ -138,7 +138,7 @@ def test_bad_choices_are_named():
         quantize_model(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), "int4", CPU)
 
 
-@pytest.mark.parametrize("method", ["int4", "int8"])
+@pytest.mark.parametrize("method", ["int4", pytest.param("int8", marks=pytest.mark.slow)])
 def test_a_model_on_several_devices_is_quantized_where_it_lies(method, heldout_ids):
     alone, spread = load_model(DEMO_MODEL), load_model(DEMO_MODEL, mesh=make_mesh(2))
     for model in (alone, spread):

@@ -304,7 +304,10 @@ def test_help_names_every_flag(capsys):
     assert max(map(len, out.splitlines())) <= 100
 
 
-@pytest.mark.parametrize("model", [*PARAMETERS, "demo"])
+BIGGEST = pytest.param("deepseek-v3", marks=pytest.mark.slow)  # half a minute
+
+
+@pytest.mark.parametrize("model", [BIGGEST, *sorted(PARAMETERS.keys() - {"deepseek-v3"}), "demo"])
 @pytest.mark.parametrize("target", ["v6e-8", "v5p-512", "h100-8", "b200", "tpu7x-4", "cpu"])
 def test_the_text_fits_a_hundred_columns(capsys, model, target):
     path = ROOT / "xlinfer" / "demo" if model == "demo" else CONFIGS / f"{model}.json"

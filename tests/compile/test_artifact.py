@@ -203,6 +203,7 @@ def test_an_option_it_was_not_compiled_for_is_refused(written):
     LLM(artifact=written, max_num_seqs=4)
 
 
+@pytest.mark.slow
 def test_an_8_bit_cache(cache, tmp_path, capsys):
     assert compile_demo(tmp_path / "fp8", "--weights", "--kv_cache_dtype=fp8", cache=cache) == 0
     assert inspect(["inspect", str(tmp_path / "fp8")]) == 0

@@ -148,7 +148,10 @@ QUANTIZED = {
 }
 
 
-@pytest.mark.parametrize("name", QUANTIZED)
+@pytest.mark.parametrize(
+    "name",
+    [n if n == "gptq" else pytest.param(n, marks=pytest.mark.slow) for n in QUANTIZED],
+)
 def test_a_quantized_one_has_a_tensor_for_each_expert(name, tmp_path):
     """And computes what its dequantized weights do, fused as float checkpoints have them."""
     cfg = llama4(

@@ -94,7 +94,7 @@ def llama():
     return load_model(GOLDENS / "llama")
 
 
-@pytest.mark.parametrize("name", ["fp8", "fp8_e4m3"])
+@pytest.mark.parametrize("name", ["fp8", pytest.param("fp8_e4m3", marks=pytest.mark.slow)])
 def test_tokens_and_log_probabilities_are_those_of_rounded_keys_and_values(llama, name):
     prompt = prompt_of(21)
     engine = Engine(llama, **TIGHT, kv_cache_dtype=name)
@@ -112,6 +112,7 @@ def test_tokens_and_log_probabilities_are_those_of_rounded_keys_and_values(llama
     assert np.abs(exact[1] - want[1]).max() > 100 * ATOL, "rounding does not show"
 
 
+@pytest.mark.slow
 def test_what_is_past_the_largest_number_is_cut(tmp_path):
     cfg = config()
     held = {
@@ -123,7 +124,9 @@ def test_what_is_past_the_largest_number_is_cut(tmp_path):
     same(got, emulated(model, prompt))
 
 
-@pytest.mark.parametrize("devices", [2, 4])  # with 4 the two kv heads are repeated
+@pytest.mark.parametrize(
+    "devices", [pytest.param(2, marks=pytest.mark.slow), 4]
+)  # with 4 the two kv heads are repeated
 def test_devices_keep_their_own_heads(devices):
     mesh, prompt = make_mesh(devices), prompt_of(19, seed=1)
     model = load_model(GOLDENS / "llama", mesh=mesh)
@@ -199,6 +202,7 @@ def test_the_checkpoints_scales_are_used(tmp_path, caplog):
     assert shown > 100 * ATOL, "the scales do not show"
 
 
+@pytest.mark.slow
 def test_scales_of_each_head_on_several_devices(tmp_path):
     by_head = np.array([[[[0.004]], [[0.5]]], [[[0.3]], [[0.02]]]])
     folder, prompt = scaled(tmp_path, by_head, by_head[::-1, ::-1]), prompt_of(13, vocab=64)
@@ -211,6 +215,7 @@ def test_scales_of_each_head_on_several_devices(tmp_path):
         same(answer(Engine(load_model(folder, mesh=mesh), mesh=mesh, **TIGHT), prompt), want)
 
 
+@pytest.mark.slow
 def test_a_float_cache_leaves_the_scales_out_and_says_so(tmp_path, caplog):
     prompt = prompt_of(9, vocab=64)
     plain = tensors(cfg := config())
@@ -241,6 +246,7 @@ def dense_latent(q_BTNU, q_BTNJ, latent_BTC, rope_BTJ, k_b_NUC, v_b_NCW, kv, *, 
     return jnp.einsum("BNTt,BtNW->BTNW", jax.nn.softmax(s_BNTt, -1), v_BTNW), kv
 
 
+@pytest.mark.slow
 def test_latents_are_kept_in_8_bits_too():
     model, prompt = load_model(GOLDENS / "deepseek-v2-lite"), prompt_of(13)
     got = answer(Engine(model, **TIGHT, kv_cache_dtype="fp8"), prompt)

@@ -86,6 +86,7 @@ def engine(net):
 PROMPT = [7, 3, 9, 21, 4, 4, 30, 2, 11, 40, 13, 1, 8, 49, 5, 5, 6, 17, 0, 25]
 
 
+@pytest.mark.slow
 def test_it_is_served_as_it_is(net, engine):
     assert generate(engine, PROMPT, 30) == naive(net, PROMPT, 30)
     mine = jax.tree.leaves(nnx.state(net))

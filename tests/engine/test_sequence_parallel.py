@@ -17,7 +17,7 @@ ATOL = 1e-4  # as of tensor parallel meshes: sums are made in another order
 # Each with the devices that share a layer, and how many of them have experts of their own.
 CASES = [
     ("llama", (2, 1)),
-    ("deepseek-v3", (2, 2)),
+    pytest.param("deepseek-v3", (2, 2), marks=pytest.mark.slow),
     *(
         pytest.param(*case, marks=pytest.mark.slow)
         for case in itertools.product(

@@ -1,6 +1,7 @@
 """Quantized checkpoints, as the formats' own libraries wrote them, against the logits that
 transformers computes with the same weights dequantized (tests/data/quantized)."""
 
+import itertools
 import json
 import shutil
 
@@ -28,8 +29,8 @@ ROUNDED_INPUTS = ("ct-fp8-dynamic", "ct-w8a8-int8-dynamic", "fp8-block-qwen3")
 # The others' golden tokens are those of inputs that are not rounded.
 WEIGHTS_ONLY = [n for n in QUANTIZED if n not in ROUNDED_INPUTS]
 SPLIT = ("ct-w4a16-sym-g32", "gptq-v1-asym-actorder-g32", "mxfp4-gpt-oss")
-DEVICE_COUNTS = (2, 4)
-QUICK = ("gptq-v1-asym-actorder-g32", "mxfp4-gpt-oss", "gguf-q4_k_m")
+SPLIT_QUICK = {("gptq-v1-asym-actorder-g32", 4), ("mxfp4-gpt-oss", 2)}
+QUICK = ("mxfp4-gpt-oss", "gguf-q4_k_m")
 
 
 def logits_differ(model, golden) -> tuple[float, float]:
@@ -103,8 +104,13 @@ def test_greedy_tokens_through_the_engine(name):
     assert [tokens["0"], tokens["1"]] == golden["greedy"].tolist()
 
 
-@pytest.mark.parametrize("name", SPLIT)
-@pytest.mark.parametrize("devices", DEVICE_COUNTS)
+@pytest.mark.parametrize(
+    "name, devices",
+    [
+        case if case in SPLIT_QUICK else pytest.param(*case, marks=pytest.mark.slow)
+        for case in itertools.product(SPLIT, (2, 4))
+    ],
+)
 def test_logits_on_several_devices(name, devices):
     golden = load_file(quantized_golden(name) / "golden.safetensors")
     model = load_model(quantized_golden(name), mesh=make_mesh(devices))

@@ -199,6 +199,7 @@ def test_the_command_names_the_model(argv, want):
     assert with_model(["eval", *argv]) == ["eval", *want]
 
 
+@pytest.mark.slow
 def test_the_command(tasks, tmp_path):
     """As a user of the harness has it, without torch and without a network."""
     sizes = "max_model_len=64,max_num_seqs=2,max_num_batched_tokens=32"
