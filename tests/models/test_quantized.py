@@ -29,6 +29,7 @@ ROUNDED_INPUTS = ("ct-fp8-dynamic", "ct-w8a8-int8-dynamic", "fp8-block-qwen3")
 # The others' golden tokens are those of inputs that are not rounded.
 WEIGHTS_ONLY = [n for n in QUANTIZED if n not in ROUNDED_INPUTS]
 SPLIT = ("ct-w4a16-sym-g32", "gptq-v1-asym-actorder-g32", "mxfp4-gpt-oss")
+DEVICE_COUNTS = (2, 4)
 SPLIT_QUICK = {("gptq-v1-asym-actorder-g32", 4), ("mxfp4-gpt-oss", 2)}
 QUICK = ("mxfp4-gpt-oss", "gguf-q4_k_m")
 
@@ -108,7 +109,7 @@ def test_greedy_tokens_through_the_engine(name):
     "name, devices",
     [
         case if case in SPLIT_QUICK else pytest.param(*case, marks=pytest.mark.slow)
-        for case in itertools.product(SPLIT, (2, 4))
+        for case in itertools.product(SPLIT, DEVICE_COUNTS)
     ],
 )
 def test_logits_on_several_devices(name, devices):
