@@ -10,6 +10,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
 from typing import Any
 
 from starlette.types import ASGIApp
@@ -59,12 +60,10 @@ class _Desk:
         self._built, self._options, self._done = built, options, done
         self._loop = asyncio.new_event_loop()
         self._stop, self._tasks = asyncio.Event(), set[asyncio.Task]()
-        started = threading.Event()
-        self._thread = threading.Thread(
-            target=lambda: self._loop.run_until_complete(self._serve(started)), name="batch"
-        )
+        started = Future[None]()
+        self._thread = threading.Thread(target=self._main, args=(started,), name="batch")
         self._thread.start()
-        started.wait()
+        started.result()
 
     def ask(self, row: Row) -> None:
         self._loop.call_soon_threadsafe(self._begin, row)
@@ -74,7 +73,15 @@ class _Desk:
         self._thread.join()
         self._loop.close()
 
-    async def _serve(self, started: threading.Event) -> None:
+    def _main(self, started: Future[None]) -> None:
+        try:
+            self._loop.run_until_complete(self._serve(started))
+        except BaseException as error:
+            if started.done():
+                raise
+            started.set_exception(error)
+
+    async def _serve(self, started: Future[None]) -> None:
         names = self._options.served_model_names
         server = new_server(
             ServerOptions(
@@ -91,7 +98,7 @@ class _Desk:
         self._server, self._app = server, create_app(server)
         server.engine.start()
         await server.engine.ready
-        started.set()
+        started.set_result(None)
         await self._stop.wait()
         for task in self._tasks:
             task.cancel()
