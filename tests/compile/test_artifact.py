@@ -57,6 +57,17 @@ def edit(folder: Path, **changes) -> None:
     file.write_text(json.dumps(manifest | {"sha256": own_digest(manifest)}))
 
 
+def test_replicas_start_from_one_artifact(written):
+    """Each on a device of its own, though the programs were compiled for the first."""
+    alone, two = LLM(artifact=written), LLM(artifact=written, data_parallel_size=2)
+    # Fewer rows share a step, and another bucket may round otherwise: tokens, not their scores.
+    assert [tokens for _, tokens, _ in answers(two)] == [tokens for _, tokens, _ in answers(alone)]
+    engines = two.engine.engines
+    lies = [{d.id for x in e._executor.params for d in x.sharding.device_set} for e in engines]
+    assert lies == [{0}, {1}]
+    assert all(engine.stats().generation_tokens > 0 for engine in engines), "each took part"
+
+
 def test_nothing_is_traced_or_compiled_and_the_bits_are_the_same(written):
     heard: Counter[str] = Counter()
 

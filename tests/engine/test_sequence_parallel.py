@@ -2,15 +2,14 @@
 
 import itertools
 
-import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
 from tests.checkpoints import GOLDENS
+from tests.engine.golden_answers import check_answers
 from xlinfer.engine.engine import Engine
 from xlinfer.mesh import make_mesh
 from xlinfer.plan import PlanError
-from xlinfer.request import Request, SamplingParams
 from xlinfer.weights import load_model
 
 ATOL = 1e-4  # as of tensor parallel meshes: sums are made in another order
@@ -37,27 +36,9 @@ def engine_of(family, devices, own_experts, **sizes) -> Engine:
 @pytest.mark.parametrize("family, shared", CASES)
 def test_tokens_and_log_probabilities(family, shared):
     golden = load_file(GOLDENS / family / "golden.safetensors")
-    prompts, want = golden["input_ids"].tolist(), golden["greedy"].tolist()
     # A prompt ends within a part of a step, and goes on in the next step.
     engine = engine_of(family, *shared, max_num_batched_tokens=24)
-    greedy = SamplingParams(temperature=0, max_tokens=12, logprobs=0, prompt_logprobs=0)
-    for i, prompt in enumerate(prompts):
-        engine.add_request(
-            Request(request_id=str(i), prompt_token_ids=tuple(prompt), sampling=greedy)
-        )
-    tokens, scores = {"0": [], "1": []}, {}
-    while engine.has_work:
-        for out in engine.step():
-            tokens[out.request_id] += out.token_ids
-            if out.prompt_logprobs:
-                scores[out.request_id] = [e.logprobs[0] for e in out.prompt_logprobs if e]
-        engine.check()
-    assert [tokens["0"], tokens["1"]] == want
-    logits = golden["logits"].astype(np.float64)
-    all_logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    for i, prompt in enumerate(prompts):
-        expected = all_logprobs[i, np.arange(31), prompt[1:]]
-        np.testing.assert_allclose(scores[str(i)], expected, atol=ATOL)
+    check_answers(engine, golden, atol=ATOL)
 
 
 def test_steps_that_do_not_divide_are_refused():

@@ -9,10 +9,10 @@ import pytest
 from safetensors.numpy import load_file
 
 from tests.checkpoints import FAMILIES, GOLDENS
+from tests.engine.golden_answers import check_answers
 from xlinfer.engine.engine import Engine
 from xlinfer.engine.worker import Worker
 from xlinfer.mesh import make_mesh
-from xlinfer.request import Request, SamplingParams
 from xlinfer.weights import load_model
 
 # Partial sums are added in another order on each number of devices: float32, logits of size 10.
@@ -35,31 +35,12 @@ CASES = [
 @pytest.mark.parametrize("family, devices", CASES)  # with 4 the two kv heads are replicated
 def test_tokens_and_log_probabilities(family, devices):
     golden = load_file(GOLDENS / family / "golden.safetensors")
-    prompts, want = golden["input_ids"].tolist(), golden["greedy"].tolist()
     mesh = make_mesh(devices)
     model = load_model(GOLDENS / family, mesh=mesh)
     engine = Engine(
         model, mesh=mesh, max_num_seqs=2, max_num_batched_tokens=32, max_model_len=64, page_size=4
     )
-    greedy = SamplingParams(temperature=0, max_tokens=12, logprobs=0, prompt_logprobs=0)
-    for i, prompt in enumerate(prompts):
-        engine.add_request(
-            Request(request_id=str(i), prompt_token_ids=tuple(prompt), sampling=greedy)
-        )
-    tokens, scores = {"0": [], "1": []}, {}
-    while engine.has_work:
-        for out in engine.step():
-            tokens[out.request_id] += out.token_ids
-            if out.prompt_logprobs:
-                scores[out.request_id] = [e.logprobs[0] for e in out.prompt_logprobs if e]
-        engine.check()
-    assert [tokens["0"], tokens["1"]] == want
-
-    logits = golden["logits"].astype(np.float64)
-    all_logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    for i, prompt in enumerate(prompts):
-        expected = all_logprobs[i, np.arange(31), prompt[1:]]
-        np.testing.assert_allclose(scores[str(i)], expected, atol=ATOL)
+    check_answers(engine, golden, atol=ATOL)
 
     assert isinstance(engine._executor, Worker)
     kv = jax.tree.leaves(engine._executor._kv)[0]
